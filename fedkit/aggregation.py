@@ -1,0 +1,167 @@
+"""Weighted means and sums whose bits do not depend on the order of arrival.
+
+A `Fold` adds in float64 and in the order of client names. What arrives early waits; what arrives in order is added and
+forgotten, so memory is one model in float64 plus the answers that are ahead of their turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedkit.errors import Reason, Refused
+from fedkit.weights import Manifest, Vector, Weights
+from fedkit.work import Answer, MetricSums, Summary, Update
+
+__all__ = ["Fold", "KeepFold", "Mean", "MeanFold", "SumFold", "Total", "Weighting"]
+
+Weighting: TypeAlias = Literal["examples", "uniform"]
+A = TypeVar("A", bound=Answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """The weighted mean of a cohort's updates.
+
+    `update` is the mean change (`gradient` the same vector under the name that fits a `Gradient`); `extra` the means of
+    the strategy's own vectors, under the same weights; `loss` the mean training loss by examples, where reported.
+    """
+
+    update: Weights
+    examples: int
+    clients: tuple[str, ...]
+    loss: float | None = None
+    extra: Mapping[str, Vector] = field(default_factory=dict)
+
+    @property
+    def gradient(self) -> Weights:
+        """The mean gradient, for a cohort that was asked for one."""
+        return self.update
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """The sum of a cohort's metric states or summaries, over `examples` rows."""
+
+    vector: npt.NDArray[Any]
+    examples: int
+    clients: tuple[str, ...]
+
+
+class Fold(Generic[A]):
+    """Adds answers in the order of client names, whatever the order they come in."""
+
+    def __init__(self, cohort: Iterable[str]) -> None:
+        self._order = sorted(cohort)
+        self._next = 0
+        self._early: dict[str, A | None] = {}
+        self.clients: list[str] = []
+        self.rejected: dict[str, Refused] = {}
+        self.examples = 0
+
+    def add(self, client: str, answer: A | None) -> None:
+        """Takes one client's answer, or None once it is sure that there will be none."""
+        self._early[client] = answer
+        while self._next < len(self._order) and self._order[self._next] in self._early:
+            name = self._order[self._next]
+            self._next += 1
+            self._fold(name, self._early.pop(name))
+
+    def close(self) -> None:
+        """Folds what is left: those who have not answered by now are not part of it."""
+        for client in self._order[self._next :]:
+            self.add(client, self._early.get(client))
+
+    def _fold(self, client: str, answer: A | None) -> None:
+        if answer is None:
+            return
+        try:
+            self.accumulate(answer)
+        except Refused as refused:
+            self.rejected[client] = refused
+            return
+        self.clients.append(client)
+        self.examples += answer.examples
+
+    def accumulate(self, answer: A) -> None:
+        """Adds one answer to the sum, or raises `Refused` and adds nothing of it."""
+        raise NotImplementedError
+
+
+class MeanFold(Fold[Update]):
+    """sum(w_k u_k) / sum(w_k) in float64, with w_k the example count or 1, rounded once to float32."""
+
+    def __init__(self, cohort: Iterable[str], manifest: Manifest, weighting: Weighting) -> None:
+        super().__init__(cohort)
+        self._manifest = manifest
+        self._weighting = weighting
+        self._sum = np.zeros(manifest.size, dtype=np.float64)
+        self._term = np.empty_like(self._sum)
+        self._extra: dict[str, npt.NDArray[np.float64]] | None = None
+        self._weight = 0
+        self._loss = np.zeros(2, dtype=np.float64)
+
+    def accumulate(self, answer: Update) -> None:
+        """Adds one weighted update; refuses one whose extra vectors are not those of the first client by name."""
+        sizes = {name: len(vector) for name, vector in answer.extra.items()}
+        if self._extra is None:
+            self._extra = {name: np.zeros(size) for name, size in sizes.items()}
+        expected = {name: len(vector) for name, vector in self._extra.items()}
+        if sizes != expected:
+            raise Refused(Reason.SHAPE, f"expected extra vectors {expected}, got {sizes}")
+        weight = answer.examples if self._weighting == "examples" else 1
+        self._weight += weight
+        np.multiply(answer.weights.vector, weight, out=self._term, dtype=np.float64)
+        self._sum += self._term
+        if answer.loss is not None:
+            self._loss += (answer.loss * answer.examples, answer.examples)
+        for name, vector in answer.extra.items():
+            self._extra[name] += vector * np.float64(weight)
+
+    def result(self) -> Mean:
+        """The mean of all that was added; of nothing, zeros."""
+        self.close()
+        weight = self._weight or 1
+        update = Weights(self._manifest, (self._sum / weight).astype(np.float32))
+        extra = {name: (total / weight).astype(np.float32) for name, total in (self._extra or {}).items()}
+        loss = float(self._loss[0] / self._loss[1]) if self._loss[1] else None
+        return Mean(update, self.examples, tuple(self.clients), loss, extra)
+
+
+class KeepFold(Fold[Update]):
+    """Keeps one client's answer as it is: a hop."""
+
+    _kept: Update | None = None
+
+    def accumulate(self, answer: Update) -> None:
+        """Takes the answer."""
+        self._kept = answer
+
+    def result(self) -> Update | None:
+        """The answer, or None where there was none."""
+        return self._kept
+
+
+class SumFold(Fold[Any]):
+    """The plain sum of metric states or summaries."""
+
+    def __init__(self, cohort: Iterable[str]) -> None:
+        super().__init__(cohort)
+        self._sum: npt.NDArray[Any] | None = None
+
+    def accumulate(self, answer: MetricSums | Summary) -> None:
+        """Adds one vector; refuses one of another length or kind than the first client's by name."""
+        if self._sum is None:
+            self._sum = np.zeros_like(answer.vector)
+        if (answer.vector.shape, answer.vector.dtype) != (self._sum.shape, self._sum.dtype):
+            raise Refused(Reason.SHAPE, f"expected sums shaped {self._sum.shape}, got {answer.vector.shape}")
+        self._sum += answer.vector
+
+    def result(self) -> Total | None:
+        """The sum, or None where nobody answered."""
+        self.close()
+        return None if self._sum is None else Total(self._sum, self.examples, tuple(self.clients))

@@ -1,0 +1,77 @@
+"""`fedkit demo`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from fedkit import deploy
+from fedkit.cli import show
+from fedkit.demo import compare, plot
+from fedkit.demo.compare import Row
+from fedkit.demo.heart import HOSPITALS, load, task
+from fedkit.result import Result
+
+__all__ = ["demonstrated"]
+
+
+def demonstrated(names: list[str], out: Path, seed: int, as_json: bool) -> None:
+    """Trains, compares, draws and exports, showing each step unless a program reads along."""
+    began = time.monotonic()
+    strategies = compare.pick(names)
+    if not as_json:
+        _introduce()
+    results = {name: _trained(name, seed, as_json) for name in strategies}
+    rows = [compare.alone(seed), compare.pooled(seed)]
+    rows += [compare.row(name, result) for name, result in results.items()]
+    picture = plot.draw(out / "curves.png", {name: result.history for name, result in results.items()}, rows)
+    first, result = next(iter(results.items()))
+    result.save(out / "run")
+    model = deploy.export(result.model, task, out)
+    if as_json:
+        show.print_json(_facts(rows, picture, model, seed, time.monotonic() - began))
+    else:
+        _conclude(rows, picture, model, first, time.monotonic() - began)
+
+
+def _introduce() -> None:
+    sizes = ", ".join(f"{name} {len(load(name).train)}" for name in HOSPITALS)  # type: ignore[arg-type]
+    show.console.print("[bold]UCI Heart Disease, four hospitals; no row leaves its hospital.[/bold]")
+    show.console.print(f"Training rows: {sizes}. One logistic regression on 13 features.\n", highlight=False)
+
+
+def _trained(name: str, seed: int, as_json: bool) -> Result:
+    strategy = compare.STRATEGIES[name]
+    if as_json:
+        return compare.train(strategy, seed)
+    with show.rounds(name, strategy.rounds) as observe:
+        result = compare.train(strategy, seed, observe)
+    show.console.print()
+    return result
+
+
+def _facts(rows: list[Row], picture: Path, model: deploy.Exported, seed: int, seconds: float) -> dict[str, object]:
+    return {
+        "task": task.name,
+        "seed": seed,
+        "accuracy": [dataclasses.asdict(row) for row in rows],
+        "plot": str(picture),
+        "onnx": dataclasses.asdict(model) | {"path": str(model.path)},
+        "seconds": round(seconds, 1),
+    }
+
+
+def _conclude(rows: list[Row], picture: Path, model: deploy.Exported, first: str, seconds: float) -> None:
+    say = show.console.print
+    say(show.comparison(rows))
+    say(f"\nCurves     {picture}", highlight=False)
+    say(
+        f"ONNX       {model.path} ({first}, raw features in, differs from PyTorch by {model.difference:.0e})",
+        highlight=False,
+    )
+    say(f"Took       {seconds:.0f} s", highlight=False)
+    say(
+        "\nNext: look at the curves, load the ONNX file in onnxruntime, or try fedkit demo --strategy FedSGD",
+        highlight=False,
+    )

@@ -1,0 +1,67 @@
+"""`fedkit simulate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedkit.cli import show
+from fedkit.cli.main import choose_task
+from fedkit.errors import ConfigError
+from fedkit.result import Result
+from fedkit.rounds.journal import RoundRecord
+from fedkit.runfile import RunFile, read
+from fedkit.simulation import simulate
+
+__all__ = ["simulated"]
+
+
+def simulated(
+    path: Path, task: str | None, clients: list[str] | None, workers: int | None, out: Path | None, as_json: bool
+) -> None:
+    """Runs a run file and shows its rounds and test scores."""
+    run = read(path)
+    if as_json:
+        result = _run(run, task, clients, workers, None)
+    else:
+        total = run.build_strategy().rounds
+        with show.rounds(f"{run.run.name}: {run.strategy['name']}, seed {run.run.seed}", total) as observe:
+            result = _run(run, task, clients, workers, observe)
+    if out is not None:
+        result.save(out)
+    _report(result, out, as_json)
+
+
+def _run(
+    run: RunFile,
+    task: str | None,
+    clients: list[str] | None,
+    workers: int | None,
+    observe: Callable[[RoundRecord], None] | None,
+) -> Result:
+    names = clients or list(run.simulation.clients)
+    if not names:
+        raise ConfigError('simulation.clients: must be given, or --clients a,b,c (example: clients = ["a", "b"])')
+    return simulate(
+        choose_task(task, run.run.task),
+        run.build_strategy(),
+        clients=names,
+        seed=run.run.seed,
+        evaluate=run.evaluate,
+        workers=workers or run.simulation.workers,
+        threads=run.simulation.threads,
+        device=run.simulation.device,
+        progress=False,
+        on_round=observe,
+    )
+
+
+def _report(result: Result, out: Path | None, as_json: bool) -> None:
+    if as_json:
+        show.print_json(result.to_dict())
+        return
+    if result.test:
+        show.console.print()
+        show.console.print(show.test_scores(result))
+    where = f"fedkit export {out} --out BUNDLE" if out else "add --out DIR to keep the model, then fedkit export DIR"
+    show.console.print(f"\nNext: {where}", highlight=False)

@@ -1,0 +1,167 @@
+"""Settings: frozen values that check themselves when they are made.
+
+A subclass of `Settings` is a dataclass whose annotations are enforced by pydantic, at construction and when it is read
+from a run file alike. A wrong value raises `ConfigError`, which names the field and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_type_hints
+
+import pydantic
+import pydantic.dataclasses
+from pydantic import Field
+
+from fedkit.errors import ConfigError
+
+__all__ = ["Evaluation", "Fraction", "Participation", "PositiveFloat", "PositiveInt", "Settings", "explain", "parse"]
+
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+T = TypeVar("T")
+
+_RULES = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+@dataclass_transform(kw_only_default=True)
+class Settings:
+    """The base of everything a person sets: keyword-only, checked, comparable, printable.
+
+    Class annotations are the fields. `frozen=False` in the class line allows attributes that are not settings.
+    """
+
+    _frozen: ClassVar[bool] = True
+
+    def __init_subclass__(cls, *, frozen: bool | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if frozen is not None:
+            cls._frozen = frozen
+        pydantic.dataclasses.dataclass(kw_only=True, frozen=cls._frozen, config=_RULES)(cls)
+        cls.__init__ = _explained(cls, cls.__init__)  # type: ignore[method-assign]
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings with `changes`, checked again; raises `ConfigError`."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return type(self)(**(fields | changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as values JSON and TOML can hold; raises `ConfigError` for code, such as a function."""
+        adapter = pydantic.TypeAdapter(type(self))
+        try:
+            return dict(adapter.dump_python(self, mode="json"))
+        except pydantic.ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+        except pydantic.errors.PydanticSchemaGenerationError as error:  # pragma: no cover
+            raise ConfigError(str(error)) from None
+        except ValueError as error:
+            raise ConfigError(f"{type(self).__name__}: a setting cannot be written down: {error}") from None
+
+
+def _explained(cls: type, init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise ConfigError(explain(error, cls)) from None
+
+    return checked
+
+
+def parse(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+    """An instance of `cls` from plain values, as a run file holds them; raises `ConfigError`."""
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        raise ConfigError(explain(error, cls, where=where)) from None
+
+
+def explain(error: pydantic.ValidationError, cls: type, *, where: str | None = None) -> str:
+    """One line a problem: the field, what was given, what would be right."""
+    where = cls.__name__ if where is None else where
+    lines = [_line(problem, cls, where) for problem in error.errors(include_url=False)]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _line(problem: Any, cls: type, where: str) -> str:
+    path = [str(part) for part in problem["loc"] if str(part).isidentifier() or isinstance(part, int)]
+    field = ".".join([where, *path] if where else path)
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{field}: there is no such setting{_suggestion(path, cls)}"
+    if problem["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
+        return f"{field}: must be given"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    given = problem.get("input")
+    shown = f", got {given!r}" if isinstance(given, str | int | float | bool | None) else ""
+    return f"{field}: {message}{shown}"
+
+
+def _suggestion(path: list[str], cls: type) -> str:
+    for part in path[:-1]:
+        cls = _nested(cls, part)
+    known = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    close = difflib.get_close_matches(path[-1], known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+def _nested(cls: type, part: str) -> type:
+    """The settings class that the field `part` of `cls` holds, or `cls` where there is none."""
+    hint = get_type_hints(cls).get(part)
+    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), cls)
+
+
+class Participation(Settings):
+    """Who is asked, when a round closes, and what is too large.
+
+    `fraction` of the round's clients is wanted; `over_select` times as many are asked and the first ones count.
+    `quorum` is the least number whose answers make a round (None: half of those wanted, at least one). A round below it
+    is abandoned and drawn anew, `attempts` times in all. `deadline_s` closes a call; `max_update_norm` bounds the
+    Euclidean norm of one client's update.
+    """
+
+    fraction: Fraction = 1.0
+    quorum: PositiveInt | None = None
+    over_select: Annotated[float, Field(ge=1, le=10)] = 1.0
+    deadline_s: PositiveFloat | None = None
+    max_update_norm: PositiveFloat | None = None
+    attempts: PositiveInt = 3
+
+
+class Evaluation(Settings):
+    """How often the committed model is scored on validation data, which round is best, and when to stop.
+
+    `best` names a metric and a direction, as in "auroc:max" or "loss:min". `patience` ends the run after that many
+    evaluations without a better one.
+    """
+
+    every: PositiveInt = 1
+    best: Annotated[str, Field(pattern=r"^[^:]+:(max|min)$")] | None = None
+    patience: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        """Patience counts evaluations since the best one, so it needs `best`."""
+        if self.patience is not None and self.best is None:
+            raise ValueError('patience needs best, for example best="loss:min"')
+
+    @property
+    def metric(self) -> str | None:
+        """The name of the metric that decides, or None."""
+        return self.best.rpartition(":")[0] if self.best else None
+
+    @property
+    def direction(self) -> Literal["max", "min"]:
+        """Whether more is better."""
+        return "max" if self.best and self.best.endswith(":max") else "min"
+
+    def better(self, score: float, than: float | None) -> bool:
+        """Whether `score` beats the best so far; NaN never does."""
+        if than is None:
+            return score == score
+        return score > than if self.direction == "max" else score < than

@@ -1,0 +1,136 @@
+"""Every error fedkit raises on purpose.
+
+FedkitError
+├── ConfigError            a setting, run file or argument is wrong (also a ValueError)
+├── TaskError              a task cannot be trained, evaluated or prepared as described
+│   ├── DataError          a client's data set does not fit the task
+│   └── MetricNotSummable  a metric keeps raw predictions instead of sums
+├── ManifestMismatch       two models, or a model and a module, do not hold the same tensors
+├── PayloadError           bytes that claim to be a model are refused
+├── Refused                a client, or a check on its answer, refuses one assignment
+├── RunError
+│   ├── RoundAbandoned     a round fell below its quorum; it is tried again
+│   ├── RunFailed          a round was abandoned as often as the run allows
+│   ├── IncompatibleStrategy     a strategy and a task or setting cannot work together
+│   ├── NonDeterministicStrategy a replay asked for something else than the journal holds
+│   └── StateError         a strategy keeps state that cannot be committed
+└── ExportError            the exported model does not do what the trained one does
+
+CastWarning (a UserWarning): parameters that are not float32 travel as float32.
+"""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = [
+    "CastWarning",
+    "ConfigError",
+    "DataError",
+    "ExportError",
+    "FedkitError",
+    "IncompatibleStrategy",
+    "ManifestMismatch",
+    "MetricNotSummable",
+    "NonDeterministicStrategy",
+    "PayloadError",
+    "Reason",
+    "Refused",
+    "RoundAbandoned",
+    "RunError",
+    "RunFailed",
+    "StateError",
+    "TaskError",
+]
+
+
+class FedkitError(Exception):
+    """The root of every error fedkit raises on purpose."""
+
+
+class ConfigError(FedkitError, ValueError):
+    """A setting is wrong; the message names the field and what would be right."""
+
+
+class TaskError(FedkitError):
+    """A task cannot be trained, evaluated or prepared as it is described."""
+
+
+class DataError(TaskError):
+    """A client's data set does not fit the task."""
+
+
+class MetricNotSummable(TaskError):
+    """A metric keeps raw predictions; only states that add up may leave a client."""
+
+
+class ManifestMismatch(FedkitError):
+    """Two models, or a model and a module, do not hold the same tensors."""
+
+
+class PayloadError(FedkitError):
+    """Bytes that claim to be a model are refused before they are used."""
+
+
+class Reason(enum.StrEnum):
+    """Why an assignment brought no contribution; one word each, in logs and history alike."""
+
+    FAILED = "failed"  # the client's own code raised
+    LOST = "lost"  # the client went away
+    LATE = "late"  # it answered after the call had closed
+    DUPLICATE = "duplicate"  # it answered the same assignment twice
+    UNKNOWN = "unknown"  # nobody asked for this answer
+    NORM = "norm"  # the update is larger than the run allows
+    NOT_FINITE = "not_finite"  # NaN or infinity
+    SHAPE = "shape"  # names, shapes or dtypes are not the model's
+    EXAMPLES = "examples"  # the example count is not a plausible one
+    NO_DATA = "no_data"  # the client has no rows for this work
+    DONE = "done"  # the assignment was committed before; it is never done twice
+    DEADLINE = "deadline"  # no answer before the call closed
+    SURPLUS = "surplus"  # enough others had answered
+    ABANDONED = "abandoned"  # too few could still answer, so nobody was waited for any more
+    POLICY = "policy"  # the site does not allow it
+
+
+class Refused(FedkitError):
+    """One assignment brings no contribution: `reason` is typed, `detail` says it in words."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason.value}: {detail}" if detail else reason.value)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[Refused], tuple[Reason, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+class RunError(FedkitError):
+    """A run cannot go on."""
+
+
+class RoundAbandoned(RunError):
+    """Fewer clients than the quorum answered; nothing is averaged and the round is tried again."""
+
+
+class RunFailed(RunError):
+    """A round was abandoned as often as the run allows; the last committed model stands."""
+
+
+class IncompatibleStrategy(RunError):
+    """A strategy and a task or setting cannot work together; the message names both sides."""
+
+
+class NonDeterministicStrategy(RunError):
+    """A replay asked for something else than the journal holds; the message names both."""
+
+
+class StateError(RunError):
+    """A strategy keeps an attribute that cannot be committed with the round."""
+
+
+class ExportError(FedkitError):
+    """The exported model is not written, or does not compute what the trained one does."""
+
+
+class CastWarning(UserWarning):
+    """Parameters that are not float32 travel, and are aggregated, as float32."""

@@ -1,0 +1,109 @@
+"""What a run gives back: the model, its history, its scores, and the way to deployment."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fedkit import codec
+from fedkit.errors import ConfigError
+from fedkit.rounds.conduct import Best, Outcome
+from fedkit.rounds.journal import RoundRecord
+from fedkit.strategy import Strategy
+from fedkit.task import Task
+from fedkit.weights import Weights
+
+__all__ = ["Result"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of a run, the same from `simulate` and from a real federation."""
+
+    task: Task
+    strategy: Strategy
+    seed: int
+    clients: tuple[str, ...]
+    outcome: Outcome
+
+    @property
+    def weights(self) -> Weights:
+        """The final weights."""
+        return self.outcome.weights
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The module with the final weights, preprocessing included, on the CPU, in evaluation mode."""
+        return self.module(self.weights)
+
+    def module(self, weights: Weights) -> nn.Module:
+        """A fresh module of the task with these weights."""
+        return weights.to_module(self.task.build(self.seed), self.task.travels).eval()
+
+    @property
+    def best(self) -> Best:
+        """The round of the best validation metric; raises `ConfigError` where the run had no such metric."""
+        if self.outcome.best is None:
+            raise ConfigError('this run kept no best round; run it with evaluate=fedkit.Evaluation(best="loss:min")')
+        return self.outcome.best
+
+    @property
+    def history(self) -> list[RoundRecord]:
+        """One record a round."""
+        return self.outcome.history
+
+    @property
+    def abandoned(self) -> list[RoundRecord]:
+        """One record for each attempt that fell below its quorum."""
+        return self.outcome.abandoned
+
+    @property
+    def test(self) -> Mapping[str, float]:
+        """Loss and metrics of the final model, pooled over all clients' test data."""
+        return self.outcome.test
+
+    @property
+    def test_per_client(self) -> Mapping[str, Mapping[str, float]]:
+        """Loss and metrics of the final model at each client whose site releases them."""
+        return self.outcome.test_per_client
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the weights, as values JSON can hold."""
+        best = self.outcome.best
+        return {
+            "task": self.task.name,
+            "strategy": {"name": type(self.strategy).__name__, **self.strategy.to_dict()},
+            "seed": self.seed,
+            "clients": list(self.clients),
+            "history": [dataclasses.asdict(record) for record in self.history],
+            "abandoned": [dataclasses.asdict(record) for record in self.abandoned],
+            "test": dict(self.test),
+            "test_per_client": {name: dict(scores) for name, scores in self.test_per_client.items()},
+            "best": None if best is None else {"round": best.round, "metrics": best.metrics, "test": best.test},
+        }
+
+    def save(self, folder: Path | str) -> Path:
+        """Writes `run.json`, `model.fedkit` and, where there is a best round, `best.fedkit`; each file whole."""
+        folder = Path(folder)
+        codec.save(folder / "model.fedkit", self.weights)
+        if self.outcome.best is not None:
+            codec.save(folder / "best.fedkit", self.outcome.best.weights)
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        codec.write_atomically(folder / "run.json", text.encode())
+        return folder
+
+    def export(self, folder: Path | str, quantize: str = "none") -> Path:
+        """Writes `model.onnx` (float32, raw inputs, dynamic batch) and checks it; raises `ExportError`.
+
+        The weights are the final ones. ONNX Runtime must give what PyTorch gives.
+        """
+        from fedkit import deploy
+
+        return deploy.export(self.model, self.task, folder, quantize=quantize).path

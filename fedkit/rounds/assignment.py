@@ -1,0 +1,94 @@
+"""One piece of work for one client, with an id that is the same whenever the same thing is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+from blake3 import blake3
+
+from fedkit.weights import Vector, Weights
+from fedkit.work import Answer, Work
+
+__all__ = ["Assignment", "Parcel", "Returns", "Transport", "question_digest"]
+
+Returns: TypeAlias = Literal["update", "weights", "sums"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """What travels to a client with its assignments: the model and the strategy's own named vectors."""
+
+    model: Weights
+    extra: Mapping[str, Vector] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """BLAKE3 (hex) of the model's digest and of each extra vector by name."""
+        total = blake3(self.model.digest.encode())
+        for name in sorted(self.extra):
+            vector = np.ascontiguousarray(self.extra[name], dtype=np.float32)
+            total.update(f"{name}\x1f{vector.size}\x1f".encode()).update(vector.view(np.uint8).data)
+        return total.hexdigest()
+
+    @property
+    def payload_bytes(self) -> int:
+        """The size of the vectors."""
+        return self.model.vector.nbytes + sum(vector.nbytes for vector in self.extra.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Work for one client. `id` is a digest of everything that makes it this assignment and no other.
+
+    Asked twice, it is the same assignment: the client sends what it has and trains nothing again.
+    """
+
+    id: str
+    run: str
+    seed: int
+    round: int
+    client: str
+    work: Work
+    returns: Returns
+
+
+def question_digest(run: str, round: int, attempt: int, work: Work, returns: Returns, parcel: Parcel) -> str:
+    """What all assignments of one call share: a digest of run, round, attempt, work and what is sent along."""
+    parts = [run, round, attempt, type(work).__name__, work.to_dict(), returns, parcel.digest]
+    return blake3(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def assignment_id(question: str, client: str, occurrence: int) -> str:
+    """The id of the `occurrence`-th time (from 0) that `client` is asked this question in one attempt."""
+    return blake3(f"{question}\x1f{client}\x1f{occurrence}".encode()).hexdigest(length=16)
+
+
+class Transport(Protocol):
+    """The way to clients: one request in, one answer out. Simulation, a network and a fake all implement it."""
+
+    def present(self) -> list[str]:
+        """The clients that can be asked now."""
+        ...
+
+    def now(self) -> float:
+        """Seconds on a clock that never goes back."""
+        ...
+
+    async def perform(self, assignment: Assignment, parcel: Parcel, *, race: bool) -> Answer:
+        """The client's answer. Raises `Refused` where it gives none; cancelled when nobody waits for it any more.
+
+        `race` says that the order of answers decides something, so that simulation must not answer in the order asked.
+        """
+        ...
+
+    async def sleep_until(self, deadline: float) -> None:
+        """Returns when `now()` has reached `deadline`."""
+        ...
+
+    def committed(self, accepted: list[str], dropped: list[str]) -> None:
+        """A round is durable: clients may forget the results with these ids, and keep the ids."""
+        ...

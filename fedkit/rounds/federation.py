@@ -1,0 +1,367 @@
+"""The federation a strategy sees: its questions become assignments, their outcomes are journaled, replays are answered.
+
+The same class serves simulation and every network; only the `Transport` differs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from blake3 import blake3
+
+from fedkit.aggregation import Fold, KeepFold, Mean, MeanFold, SumFold, Total, Weighting
+from fedkit.config import Participation
+from fedkit.errors import Reason, RoundAbandoned
+from fedkit.queries import Query
+from fedkit.rounds.assignment import Assignment, Parcel, Returns, Transport, question_digest
+from fedkit.rounds.call import GroupCall, Refusal, State
+from fedkit.rounds.checks import inspect
+from fedkit.rounds.drive import drive
+from fedkit.rounds.flights import Flights
+from fedkit.rounds.journal import Entry, Journal, OpenRound, Started
+from fedkit.rounds.open import Progress
+from fedkit.strategy import Arrival, Send
+from fedkit.weights import Manifest, Vector, Weights
+from fedkit.work import Answer, Evaluate, Fit, Gradient, Summarize, Update, Work
+
+__all__ = ["JournaledFederation", "RunIdentity"]
+
+A = TypeVar("A", bound=Answer)
+Each: TypeAlias = Callable[[str, Answer], None]
+
+_NO_MODEL = Weights.zeros(Manifest(()))
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """What names a run: its name, its seed, and how clients take part."""
+
+    name: str
+    seed: int
+    participation: Participation = Participation()
+
+
+class _Question:
+    """One call as it is asked: the work, what travels, and an assignment id for each client of the cohort."""
+
+    def __init__(
+        self, identity: RunIdentity, now: Progress, work: Work, returns: Returns, parcel: Parcel, cohort: Sequence[str]
+    ) -> None:
+        self.work, self.returns, self.parcel, self.cohort = work, returns, parcel, sorted(cohort)
+        self._identity, self._round = identity, now.opened.round
+        digest = question_digest(identity.name, now.opened.round, now.opened.attempt, work, returns, parcel)
+        self.ids = {client: now.next_id(digest, client) for client in self.cohort}
+        self.key = blake3("".join(self.ids.values()).encode()).hexdigest(length=16)
+        names = ", ".join(self.cohort[:4]) + (", ..." if len(self.cohort) > 4 else "")
+        self.label = f"{work} of model {parcel.model.digest[:8]} from {len(self.cohort)} clients: {names}"
+
+    def assignment(self, client: str) -> Assignment:
+        """The assignment of one client."""
+        run, seed = self._identity.name, self._identity.seed
+        return Assignment(self.ids[client], run, seed, self._round, client, self.work, self.returns)
+
+    def norm(self, answer: Answer) -> float:
+        """How far an answer would move the model; 0 for sums."""
+        if not isinstance(answer, Update):
+            return 0.0
+        moved = answer.weights - self.parcel.model if self.returns == "weights" else answer.weights
+        return moved.norm()
+
+
+class JournaledFederation:
+    """Implements `fedkit.strategy.Federation` over a `Transport` and a `Journal`, but for `commit`."""
+
+    def __init__(self, identity: RunIdentity, transport: Transport, journal: Journal) -> None:
+        self.identity = identity
+        self.transport = transport
+        self.journal = journal
+        self.round = 0
+        self._attempt = 1
+        self._now: Progress | None = None
+        self._flights = Flights(self._perform)
+
+    def enter(self, round: int, attempt: int = 1) -> None:
+        """`round` is next; nothing is journaled until it asks for something."""
+        self.round, self._attempt, self._now = round, attempt, None
+
+    @property
+    def now(self) -> Progress:
+        """The open round; it begins, and its client list is journaled, when it is first needed."""
+        if self._now is None:
+            opened = self.journal.open()
+            if opened is None or opened.round != self.round:
+                opened = OpenRound(self.round, self._attempt, tuple(sorted(self.transport.present())), ())
+                self.journal.begin(opened.round, opened.attempt, opened.clients)
+            self._now = Progress(self.identity.seed, opened)
+        return self._now
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The round's journaled client list, sorted by name."""
+        return self.now.opened.clients
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The round's clients that have no work from `start` under way."""
+        busy = self._flights.clients()
+        return tuple(client for client in self.clients if client not in busy)
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A generator seeded by (run seed, round, attempt)."""
+        return self.now.rng
+
+    # -- questions to a group --------------------------------------------------------------------------------------
+
+    async def mean(
+        self,
+        cohort: Collection[str],
+        model: Weights,
+        work: Fit | Gradient,
+        send: Send | None = None,
+        weights: Weighting = "examples",
+    ) -> Mean:
+        """The weighted mean of the cohort's updates; raises `RoundAbandoned` below the quorum."""
+        fold = MeanFold(cohort, model.manifest, weights)
+        question = self._ask(work, "update", Parcel(model, _vectors(send)), cohort)
+        await self._group(question, fold, self.identity.participation)
+        mean = fold.result()
+        self.now.contributed(mean.clients, mean.examples, mean.loss)
+        return mean
+
+    async def updates(
+        self, cohort: Collection[str], model: Weights, work: Fit | Gradient, send: Send | None = None
+    ) -> AsyncIterator[tuple[str, Update]]:
+        """Single updates as (client, update), as they come; raises `RoundAbandoned` below the quorum."""
+        question = self._ask(work, "update", Parcel(model, _vectors(send)), cohort)
+        call = GroupCall(question.cohort, self.identity.participation, self.transport.now())
+        async with self.now.replay.call(question.key, question.label) as entry:
+            async for client, update in self._singly(question, call):
+                self.now.contributed([client], update.examples, update.loss)
+                yield client, update
+        self.now.refusals += call.refusals
+        if call.state is State.ABANDONED:
+            raise RoundAbandoned(_too_few(self.round, call))
+        if entry is None:
+            self.journal.note(Entry("call", question.key, question.label, (), tuple(call.refusals)))
+
+    async def hop(self, client: str, model: Weights, work: Fit) -> Weights:
+        """The model after one visit; the model unchanged, and the skip on record, where the client cannot."""
+        fold = KeepFold([client])
+        rule = self.identity.participation
+        alone = Participation(deadline_s=rule.deadline_s, max_update_norm=rule.max_update_norm)
+        await self._group(self._ask(work, "weights", Parcel(model), [client]), fold, alone, optional=True)
+        answer = fold.result()
+        if answer is None:
+            return model
+        self.now.contributed([client], answer.examples, answer.loss)
+        return answer.weights
+
+    async def sums(
+        self, cohort: Collection[str], model: Weights, work: Evaluate, each: Each | None = None
+    ) -> Total | None:
+        """The metric sums of all who have data for it; `each` sees single answers, where sites release them."""
+        if not cohort:
+            return None
+        fold = SumFold(cohort)
+        rule = Participation(quorum=1, deadline_s=self.identity.participation.deadline_s)
+        await self._group(self._ask(work, "sums", Parcel(model), cohort), fold, rule, each=each, optional=True)
+        return fold.result()
+
+    async def summarize(self, cohort: Collection[str], query: Query) -> Any:
+        """The answer to a query about the cohort's training data; raises `RoundAbandoned` below the quorum."""
+        fold = SumFold(cohort)
+        question = self._ask(Summarize(query=query), "sums", Parcel(_NO_MODEL), cohort)
+        await self._group(question, fold, self.identity.participation)
+        total = fold.result()
+        if total is None:
+            raise RoundAbandoned(f"round {self.round}: nobody answered {question.label}")
+        return query.finish(total.vector)
+
+    # -- asynchronous work -----------------------------------------------------------------------------------------
+
+    def start(self, client: str, model: Weights, work: Fit) -> None:
+        """Begins work at one client without waiting for it."""
+        question = self._ask(work, "update", Parcel(model), [client])
+        key = question.ids[client]
+        if not self.now.replay.start(key, question.label):
+            self.journal.note(Entry("start", key, question.label))
+        self._flights.launch(Started(question.assignment(client), model))
+
+    async def next(self) -> Arrival:
+        """The next update of work that was started; failures are on record and passed over."""
+        while True:
+            entry = self.now.replay.arrival()
+            landed = await self._flights.land(entry.key if entry else None)
+            flown, refused = landed.started.assignment, landed.refusal
+            done = () if refused else ((flown.client, flown.id),)
+            if entry is None:
+                self.journal.note(Entry("arrival", flown.id, f"arrival from {flown.client}", done))
+            if refused is not None:
+                self.now.refusals.append(refused)
+            else:
+                return self._arrived(landed.started, landed.update)
+
+    def _arrived(self, started: Started, update: Update) -> Arrival:
+        flown = started.assignment
+        self._take(flown.id, update)
+        self.now.contributed([flown.client], update.examples, update.loss)
+        return Arrival(flown.client, update.weights, update.examples, self.round - flown.round)
+
+    # -- ends ------------------------------------------------------------------------------------------------------
+
+    def dropped(self) -> tuple[str, ...]:
+        """The ids that were asked in this round and count for nothing."""
+        kept = {*self.now.accepted, *self._flights.ids()}
+        return tuple(sent for sent in dict.fromkeys(self.now.sent) if sent not in kept)
+
+    def airborne(self) -> tuple[Started, ...]:
+        """The asynchronous work under way."""
+        return self._flights.started()
+
+    def resume(self, started: Sequence[Started]) -> None:
+        """Takes up asynchronous work that was under way at the last commit, and drops all other."""
+        self._flights.ground()
+        for flight in started:
+            self._flights.launch(flight)
+
+    def abandon(self) -> None:
+        """Ends the attempt: nothing of it counts, and the next one draws anew."""
+        self.transport.committed([], list(dict.fromkeys(self.now.sent)))
+        self.journal.abandon(self.now.record())
+        self.enter(self.round, self.now.opened.attempt + 1)
+
+    # -- below -----------------------------------------------------------------------------------------------------
+
+    def _ask(self, work: Work, returns: Returns, parcel: Parcel, cohort: Collection[str]) -> _Question:
+        return _Question(self.identity, self.now, work, returns, parcel, list(cohort))
+
+    async def _group(
+        self,
+        question: _Question,
+        fold: Fold[Any],
+        rule: Participation,
+        *,
+        each: Each | None = None,
+        optional: bool = False,
+    ) -> None:
+        """One call from its first question to its journaled end; an `optional` one may end without any answer."""
+        async with self.now.replay.call(question.key, question.label) as entry:
+            call = self._call(question, rule, entry)
+            if call is not None:
+                await self._drive(call, question, fold, each)
+        fold.close()
+        refusals = [Refusal(client, why.reason, why.detail) for client, why in fold.rejected.items()]
+        refusals += entry.refusals if entry else call.refusals if call else []
+        self.now.refusals += refusals
+        if call is not None and len(fold.clients) < call.quorum and (entry or not optional):
+            raise RoundAbandoned(_too_few(self.round, call, refusals))
+        if entry is None and call is not None:
+            accepted = tuple((client, question.ids[client]) for client in call.accepted)
+            self.journal.note(Entry("call", question.key, question.label, accepted, tuple(call.refusals)))
+
+    def _call(self, question: _Question, rule: Participation, entry: Entry | None) -> GroupCall | None:
+        """A new call, or on replay one to exactly those who were accepted then (None where nobody was)."""
+        if entry is None:
+            return GroupCall(question.cohort, rule, self.transport.now())
+        names = [client for client, _ in entry.accepted]
+        return GroupCall(names, Participation(quorum=len(names)), self.transport.now()) if names else None
+
+    async def _drive(self, call: GroupCall, question: _Question, fold: Fold[Any], each: Each | None) -> None:
+        for client in set(question.cohort) - set(call.cohort):
+            fold.add(client, None)
+
+        def accept(client: str, answer: Answer) -> None:
+            self._take(question.ids[client], answer)
+            if each is not None:
+                each(client, answer)
+            fold.add(client, answer)
+
+        perform = self._performer(call, question)
+        await drive(call, self.transport, perform, question.norm, accept, lambda client: fold.add(client, None))
+
+    def _performer(self, call: GroupCall, question: _Question) -> Callable[[str], Any]:
+        race = call.is_race
+
+        async def perform(client: str) -> Answer:
+            return await self._perform(question.assignment(client), question.parcel, race=race)
+
+        return perform
+
+    async def _singly(self, question: _Question, call: GroupCall) -> AsyncIterator[tuple[str, Update]]:
+        """Those journaled first, in their order; then the others as they come, each journaled before it is given."""
+        perform = self._performer(call, question)
+        asked = set(question.ids.values())
+        before = [entry.accepted[0][0] for key, entry in self.now.replay.updates.items() if key in asked]
+        inbox: asyncio.Queue[tuple[str, Answer] | None] = asyncio.Queue()
+        for client in before:
+            answer = await perform(client)
+            call.answered(client, self.transport.now())
+            yield client, self._take_update(question.ids[client], answer)
+        driving = asyncio.create_task(self._drive_into(inbox, call, question, perform))
+        try:
+            while (item := await inbox.get()) is not None:
+                client, answer = item
+                key = question.ids[client]
+                self.journal.note(Entry("update", key, f"update from {client}", ((client, key),)))
+                yield client, self._take_update(key, answer)
+            await driving
+        finally:
+            driving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await driving
+
+    async def _drive_into(
+        self, inbox: asyncio.Queue[Any], call: GroupCall, question: _Question, perform: Callable[[str], Any]
+    ) -> None:
+        try:
+            await drive(call, self.transport, perform, question.norm, lambda *item: inbox.put_nowait(item), _ignored)
+        finally:
+            inbox.put_nowait(None)
+
+    async def _perform(self, assignment: Assignment, parcel: Parcel, *, race: bool = True) -> Answer:
+        """One checked answer: from the journal where it is kept, else from the client."""
+        now = self.now
+        now.sent.append(assignment.id)
+        kept = self.journal.answer(assignment.id)
+        if kept is not None:
+            return kept
+        now.bytes_down += parcel.payload_bytes
+        answer = await self.transport.perform(assignment, parcel, race=race)
+        inspect(answer, assignment.returns, parcel.model.manifest)
+        return answer
+
+    def _take(self, key: str, answer: A) -> A:
+        self.now.accepted.append(key)
+        self.now.bytes_up += answer.payload_bytes
+        self.journal.keep(key, answer)
+        return answer
+
+    def _take_update(self, key: str, answer: Answer) -> Update:
+        assert isinstance(answer, Update)  # inspected against the assignment
+        return self._take(key, answer)
+
+
+def _ignored(_: str) -> None:
+    """Single updates are given as they come; who brings none is in the call's refusals."""
+
+
+def _vectors(send: Send | None) -> dict[str, Vector]:
+    found = {name: v.vector if isinstance(v, Weights) else np.asarray(v) for name, v in (send or {}).items()}
+    return {name: np.ascontiguousarray(vector, dtype=np.float32).reshape(-1) for name, vector in found.items()}
+
+
+def _too_few(round: int, call: GroupCall, refusals: Sequence[Refusal] | None = None) -> str:
+    found = call.refusals if refusals is None else refusals
+    listed = [refusal for refusal in found if refusal.reason is not Reason.ABANDONED]
+    reasons = "; ".join(f"{r.client}: {r.reason.value}{f' ({r.detail})' if r.detail else ''}" for r in listed[:5])
+    asked = len(call.cohort)
+    few = (
+        f"of {asked} clients asked {len(listed)} will not contribute" if listed else f"only {asked} clients were asked"
+    )
+    return f"round {round}: {few}, the quorum is {call.quorum}. {reasons}".strip()

@@ -1,0 +1,66 @@
+"""A run as a TOML file: the same settings as the Python objects, checked the same way."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from fedkit import registry
+from fedkit.config import Evaluation, PositiveInt, Settings, parse
+from fedkit.errors import ConfigError
+from fedkit.strategy import Strategy
+
+__all__ = ["RunFile", "RunSection", "SimulationSection", "read"]
+
+
+class RunSection(Settings):
+    """`[run]`: what is trained. `clients` is needed where they are simulated."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+    task: str | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class SimulationSection(Settings):
+    """`[simulation]`: who takes part and how many processes work."""
+
+    clients: tuple[str, ...] = ()
+    workers: PositiveInt = 1
+    threads: PositiveInt | None = None
+    device: str = "auto"
+
+
+class RunFile(Settings):
+    """A whole run file. `strategy` holds a registered `name` and that strategy's own settings."""
+
+    run: RunSection
+    strategy: dict[str, Any]
+    evaluate: Evaluation | None = None
+    simulation: SimulationSection = SimulationSection()
+
+    def build_strategy(self) -> Strategy:
+        """The strategy with its settings; raises `ConfigError` that names the field."""
+        settings = dict(self.strategy)
+        name = settings.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"strategy.name: must be given; registered are {', '.join(registry.strategies())}")
+        return parse(registry.find_strategy(name), settings, where="strategy")
+
+
+def read(path: Path) -> RunFile:
+    """The run file at `path`; raises `ConfigError` with one line a problem."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    try:
+        found = parse(RunFile, values, where="")
+        found.build_strategy()
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
+    return found

@@ -1,0 +1,5 @@
+"""Many clients on one machine: the same rounds, strategies and local work as a real federation, without a network."""
+
+from fedkit.simulation.simulate import simulate
+
+__all__ = ["simulate"]

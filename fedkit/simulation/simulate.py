@@ -1,0 +1,126 @@
+"""`fedkit.simulate`: one call, many clients, one machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fedkit import codec, rng
+from fedkit.config import Evaluation
+from fedkit.errors import ConfigError
+from fedkit.progress import shown
+from fedkit.result import Result
+from fedkit.rounds.conduct import Plan, conduct
+from fedkit.rounds.journal import Journal, MemoryJournal, RoundRecord
+from fedkit.simulation.transport import Latency, SimulatedTransport
+from fedkit.simulation.workers import InProcess, Processes, Setting, Workers
+from fedkit.strategy import Strategy
+from fedkit.task import Task
+from fedkit.weights import Weights
+
+__all__ = ["simulate"]
+
+T = TypeVar("T")
+
+
+def simulate(
+    task: Task,
+    strategy: Strategy,
+    *,
+    clients: Sequence[str],
+    seed: int = 0,
+    init: Weights | nn.Module | Path | str | None = None,
+    evaluate: Evaluation | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+    device: str = "auto",
+    progress: bool | None = None,
+    on_round: Callable[[RoundRecord], None] | None = None,
+    journal: Journal | None = None,
+    latency: Latency | None = None,
+) -> Result:
+    """Trains `task` with `strategy` over simulated clients and scores the result on their test data, once.
+
+    The same seed gives the same bits on a CPU for any number of `workers` (processes). `threads` is how many torch
+    uses in each of them (None: as many as it is set to); other numbers may give other bits, and small models or busy
+    machines want 1. `init` is a warm start: weights, a module, or a file. With `evaluate`, a tenth of each client's
+    training rows is set aside where it has no validation data. `device` is "auto", "cpu", "cuda" or "mps". `progress`
+    shows a live table on the terminal (None: where there is one). `latency` gives virtual seconds per assignment.
+
+    Raises `ConfigError`, `TaskError`, `IncompatibleStrategy` before anything is trained, `RunFailed` where a round
+    stays below its quorum.
+    """
+    names = _names(clients)
+    plan_init = _init(init, task)
+    setting = Setting(task, seed, device, evaluate is not None, threads=threads or torch.get_num_threads())
+    place = _place(setting, min(workers, len(names)))
+    transport = SimulatedTransport(names, place, seed=seed, latency=latency)
+    try:
+        with shown(strategy, progress, on_round) as observer, rng.seeded(seed), _settled(setting.threads):
+            plan = Plan(
+                name=task.name,
+                task=task,
+                strategy=strategy,
+                seed=seed,
+                init=plan_init,
+                evaluate=evaluate,
+                on_round=observer,
+            )
+            outcome = _run(conduct(plan, transport, journal or MemoryJournal()))
+    finally:
+        place.close()
+    return Result(task=task, strategy=strategy, seed=seed, clients=tuple(names), outcome=outcome)
+
+
+@contextlib.contextmanager
+def _settled(threads: int) -> Iterator[None]:
+    """Torch uses `threads`, and what exists already is not searched for garbage again and again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        torch.set_num_threads(before)
+
+
+def _names(clients: Sequence[str]) -> list[str]:
+    names = sorted(clients)
+    if isinstance(clients, str) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f'clients must be one or more names, such as ["cleveland", "va"], got {clients!r:.80}')
+    if len(set(names)) != len(names):
+        raise ConfigError("clients: a name occurs twice")
+    return names
+
+
+def _init(init: Weights | nn.Module | Path | str | None, task: Task) -> Weights | None:
+    if init is None or isinstance(init, Weights):
+        return init
+    if isinstance(init, nn.Module):
+        return Weights.from_module(init, task.travels)
+    return codec.load(init)
+
+
+def _place(setting: Setting, workers: int) -> Workers:
+    if workers < 1:
+        raise ConfigError(f"workers must be 1 or more, got {workers}")
+    return InProcess(setting) if workers == 1 else Processes(setting, workers)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Runs to the end, also where an event loop is running already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, work).result()

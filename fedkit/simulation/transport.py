@@ -1,0 +1,147 @@
+"""The way to simulated clients. Time is virtual: it decides who comes first where that matters, and costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from fedkit import rng
+from fedkit.errors import Reason, Refused
+from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.simulation.workers import Workers
+from fedkit.work import Answer
+
+__all__ = ["Latency", "SimulatedTransport"]
+
+Latency: TypeAlias = Callable[[Assignment], float]  # virtual seconds from question to answer; math.inf: never
+
+
+_PATIENCE = 24  # turns of the event loop in which a strategy reacts to an answer
+
+
+class _Turn:
+    """One answer on its way: when it is due, and whether it has been worked out."""
+
+    def __init__(self, due: float, order: int) -> None:
+        self.due, self.order = due, order
+        self.ready = False
+        self.given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def __lt__(self, other: _Turn) -> bool:
+        return (self.due, self.order) < (other.due, other.order)
+
+
+class SimulatedTransport:
+    """Implements `fedkit.rounds.assignment.Transport` over clients in this process or in worker processes.
+
+    Answers are worked out as soon as there is a free place and given in the order of their virtual times. Where that
+    order decides something (`race`), each client has its own seeded speed; everywhere else answers come in the order
+    asked, so that they can be folded at once. `latency` overrides both.
+    """
+
+    def __init__(self, clients: Sequence[str], workers: Workers, *, seed: int, latency: Latency | None = None) -> None:
+        self._clients = sorted(clients)
+        self._workers = workers
+        self._seed = seed
+        self._latency = latency
+        self._clock = 0.0
+        self._order = itertools.count()
+        self._due: dict[str, float] = {}
+        self._asked: dict[str, str] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """After a crash of whoever asked: nobody waits any more, and virtual time goes on."""
+        self._turns: list[_Turn] = []
+        self._places = asyncio.Semaphore(self._workers.slots)
+        self._looking = False
+
+    def present(self) -> list[str]:
+        """All clients, always."""
+        return self._clients
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self._clock
+
+    async def sleep_until(self, deadline: float) -> None:
+        """Returns when every answer due before `deadline` has been given."""
+        turn = self._queue(deadline)
+        turn.ready = True
+        self._look()
+        await turn.given
+
+    async def perform(self, assignment: Assignment, parcel: Parcel, *, race: bool) -> Answer:
+        """The client's answer, when its virtual time has come; raises `Refused`."""
+        self._asked[assignment.id] = assignment.client
+        due = self._due.setdefault(assignment.id, self._clock + self._seconds(assignment, race))
+        if math.isinf(due):
+            raise Refused(Reason.LOST, f"{assignment.client} went away")
+        turn = self._queue(due)
+        async with self._places:
+            outcome = await self._worked_out(turn, assignment, parcel)
+            if not race:  # a place is held until the answer is folded, which bounds memory
+                await turn.given
+        await turn.given
+        if isinstance(outcome, Refused):
+            raise outcome
+        return outcome
+
+    async def _worked_out(self, turn: _Turn, assignment: Assignment, parcel: Parcel) -> Answer | Refused:
+        try:
+            return await self._workers.perform(assignment, parcel)
+        except Refused as refused:
+            return refused
+        except BaseException:  # nobody waits for this turn any more
+            turn.given.cancel()
+            raise
+        finally:
+            turn.ready = True
+            self._look()
+
+    def _seconds(self, assignment: Assignment, race: bool) -> float:
+        if self._latency is not None:
+            return self._latency(assignment)
+        if not race:
+            return 0.0
+        return float(rng.generator(self._seed, "speed", assignment.client).lognormal())
+
+    def _queue(self, due: float) -> _Turn:
+        turn = _Turn(due, next(self._order))
+        heapq.heappush(self._turns, turn)
+        return turn
+
+    def _look(self) -> None:
+        if not self._looking:
+            self._looking = True
+            asyncio.get_running_loop().call_soon(self._give, _PATIENCE)
+
+    def _give(self, patience: int) -> None:
+        """Gives what is due. Before time moves on, whoever waited for the last answer may ask for more."""
+        self._looking = False
+        while self._turns and (self._turns[0].ready or self._turns[0].given.done()):
+            if self._turns[0].due > self._clock and patience:
+                self._looking = True
+                asyncio.get_running_loop().call_soon(self._give, patience - 1)
+                return
+            turn = heapq.heappop(self._turns)
+            self._clock = max(self._clock, turn.due)
+            if not turn.given.done():
+                turn.given.set_result(None)
+                patience = _PATIENCE
+
+    def committed(self, accepted: list[str], dropped: list[str]) -> None:
+        """Tells each client which of its results stand and which are undone."""
+        news: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+        for which, ids in enumerate((accepted, dropped)):
+            for key in ids:
+                self._due.pop(key, None)
+                client = self._asked.pop(key, None)
+                if client is not None:
+                    news[client][which].append(key)
+        self._workers.settle(dict(news))

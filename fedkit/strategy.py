@@ -1,0 +1,190 @@
+"""The base class of strategies, and the federation they talk to.
+
+A strategy is one coroutine that reads like the paper: it asks a `Federation` for work and returns the next model. The
+annotated attributes of its class are its settings; every other attribute it sets is its state, committed with the round
+and rolled back when a round is abandoned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from fedkit.aggregation import Mean, Weighting
+from fedkit.config import Participation, PositiveInt, Settings
+from fedkit.errors import IncompatibleStrategy, StateError
+from fedkit.queries import Query
+from fedkit.task import Task
+from fedkit.weights import Vector, Weights
+from fedkit.work import Fit, Gradient, Update
+
+__all__ = ["Arrival", "Federation", "Send", "Strategy"]
+
+Send: TypeAlias = Mapping[str, Vector | Weights]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrival:
+    """One update of asynchronous work: who sent it and how many commits happened since it was started."""
+
+    client: str
+    update: Weights
+    examples: int
+    staleness: int
+
+
+@runtime_checkable
+class Federation(Protocol):
+    """What a strategy may ask for. Simulation and every engine implement it; nothing else differs between them."""
+
+    @property
+    def round(self) -> int:
+        """The number of the round, from 1."""
+        ...
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The round's clients, sorted by name."""
+        ...
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Those of the round's clients that have no work from `start` under way."""
+        ...
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A generator seeded by (run seed, round, attempt); use it for every draw."""
+        ...
+
+    async def mean(
+        self,
+        cohort: Collection[str],
+        model: Weights,
+        work: Fit | Gradient,
+        send: Send | None = None,
+        weights: Weighting = "examples",
+    ) -> Mean:
+        """The weighted mean of the cohort's updates; raises `RoundAbandoned` below the quorum."""
+        ...
+
+    def updates(
+        self, cohort: Collection[str], model: Weights, work: Fit | Gradient, send: Send | None = None
+    ) -> AsyncIterator[tuple[str, Update]]:
+        """Single updates as (client, update), as they come; raises `RoundAbandoned` below the quorum."""
+        ...
+
+    async def hop(self, client: str, model: Weights, work: Fit) -> Weights:
+        """The model after one visit; the model unchanged, and the skip on record, where the client cannot."""
+        ...
+
+    async def evaluate(self, cohort: Collection[str], model: Weights) -> dict[str, float]:
+        """Loss and metrics on the cohort's validation data, pooled."""
+        ...
+
+    async def summarize(self, cohort: Collection[str], query: Query) -> Any:
+        """The answer to a query about the cohort's training data."""
+        ...
+
+    def start(self, client: str, model: Weights, work: Fit) -> None:
+        """Begins work at one client without waiting for it."""
+        ...
+
+    async def next(self) -> Arrival:
+        """The next update of work that was started; failures are on record and passed over."""
+        ...
+
+    async def commit(self, model: Weights) -> Weights:
+        """Makes `model` the round's result, durably, and begins the next round; returns the model."""
+        ...
+
+
+class Strategy(Settings, frozen=False):
+    """Override `round` (or, for asynchronous strategies, `run`); annotate settings; set any other attribute as state.
+
+    State may be numbers, strings, None, numpy arrays, `Weights`, and lists and dicts of these.
+    """
+
+    rounds: PositiveInt = 10
+    local: Fit = Fit()
+    participation: Participation = Participation()
+
+    uses: ClassVar[frozenset[str]] = frozenset({"mean"})  # of mean, updates, hop, start
+
+    async def round(self, federation: Federation, model: Weights) -> Weights:
+        """One round: the next model from this one."""
+        raise NotImplementedError(f"{type(self).__name__} must define async def round(self, federation, model)")
+
+    async def run(self, federation: Federation, model: Weights) -> Weights:
+        """All rounds from `federation.round` on, so that a run resumes where it was committed last."""
+        while federation.round <= self.rounds:
+            model = await federation.commit(await self.round(federation, model))
+        return model
+
+    def cohort(self, federation: Federation) -> list[str]:
+        """max(fraction * K, 1, quorum) of the round's clients, times `over_select`, drawn without replacement."""
+        rule = self.participation
+        wanted = max(int(rule.fraction * len(federation.clients) + 1e-9), 1, rule.quorum or 1)
+        asked = min(math.ceil(wanted * rule.over_select - 1e-9), len(federation.clients))
+        return self.draw(federation, federation.clients, asked)
+
+    def draw(self, federation: Federation, clients: Sequence[str], count: int) -> list[str]:
+        """`count` of `clients` at random without replacement, sorted by name."""
+        if count >= len(clients):
+            return sorted(clients)
+        return sorted(federation.rng.choice(np.array(clients, dtype=object), size=count, replace=False).tolist())
+
+    def check(self, task: Task, module: nn.Module) -> None:  # noqa: ARG002
+        """Raises `IncompatibleStrategy` where this strategy cannot train `task`, before anything is asked."""
+        name, rule, plain = type(self).__name__, self.participation, Participation()
+        if not self.uses & {"mean", "updates"}:
+            for setting in ("quorum", "over_select"):
+                if getattr(rule, setting) != getattr(plain, setting):
+                    raise IncompatibleStrategy(f"participation.{setting} is for group calls, and {name} makes none")
+        if task.train is None:
+            return
+        if isinstance(self.local, Gradient):
+            raise IncompatibleStrategy(f"{name} asks for gradients, and {task.name} has its own train loop: use FedAvg")
+        if self.local.proximal or self.local.control_variates:
+            raise IncompatibleStrategy(
+                f"proximal and control_variates change the built-in loop, and {task.name} has its own train loop"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The strategy's lasting state: every attribute that is not a setting; raises `StateError` for odd ones."""
+        settings = {field.name for field in dataclasses.fields(self)}
+        return {name: _kept(value, name) for name, value in vars(self).items() if name not in settings}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back exactly what `state_dict` gave; attributes set since then are gone."""
+        settings = {field.name for field in dataclasses.fields(self)}
+        for name in [name for name in vars(self) if name not in settings]:
+            delattr(self, name)
+        for name, value in state.items():
+            setattr(self, name, _kept(value, name))
+
+
+def _kept(value: Any, name: str) -> Any:
+    """A copy that later changes of the strategy do not reach."""
+    if isinstance(value, np.ndarray):
+        return _array(value, name)
+    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+        return {key: _kept(inner, f"{name}[{key!r}]") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_kept(inner, f"{name}[{i}]") for i, inner in enumerate(value))
+    if value is None or isinstance(value, bool | int | float | str | Weights):
+        return value
+    text = "keep numbers, text, arrays, Weights, or lists and dicts of them, or override state_dict and load_state_dict"
+    raise StateError(f"{name} is a {type(value).__name__}, which cannot be committed with the round: {text}")
+
+
+def _array(value: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+    if value.dtype.hasobject:
+        raise StateError(f"{name} is an array of objects, which cannot be committed with the round")
+    return value.copy()

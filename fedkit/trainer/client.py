@@ -1,0 +1,116 @@
+"""One client's side of the protocol without I/O: work is done once, and what stays at the client is kept with it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fedkit.errors import DataError, IncompatibleStrategy, Reason, Refused
+from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.trainer.trainer import ClientState, Trainer
+from fedkit.work import Answer
+
+__all__ = ["ClientStore", "LocalClient", "MemoryStore"]
+
+
+class ClientStore(Protocol):
+    """A client's outbox and memory. An answer and the state it leaves are stored together, before anything is sent."""
+
+    def answer(self, assignment_id: str) -> Answer | None:
+        """The stored answer to an assignment that is not settled yet."""
+        ...
+
+    def is_settled(self, assignment_id: str) -> bool:
+        """Whether the assignment was committed or dropped before; its id is kept for ever."""
+        ...
+
+    def state(self) -> ClientState:
+        """The state after the last work done, settled or not."""
+        ...
+
+    def put(self, assignment_id: str, answer: Answer, state: ClientState) -> None:
+        """Stores an answer with the state it leaves."""
+        ...
+
+    def settle(self, accepted: list[str], dropped: list[str]) -> None:
+        """Accepted work stands and its answer is forgotten; dropped work is undone."""
+        ...
+
+
+class MemoryStore:
+    """A client store in memory; `keeps_answers=False` is for simulations that are never taken up again."""
+
+    def __init__(self, *, keeps_answers: bool = True) -> None:
+        self._keeps_answers = keeps_answers
+        self._answers: dict[str, Answer] = {}
+        self._pending: list[tuple[str, ClientState]] = []
+        self._settled: set[str] = set()
+        self._state: ClientState = {}
+
+    def answer(self, assignment_id: str) -> Answer | None:
+        """The stored answer to an assignment that is not settled yet."""
+        return self._answers.get(assignment_id)
+
+    def is_settled(self, assignment_id: str) -> bool:
+        """Whether the assignment was committed or dropped before."""
+        return assignment_id in self._settled
+
+    def state(self) -> ClientState:
+        """The state after the last work done, settled or not."""
+        return self._pending[-1][1] if self._pending else self._state
+
+    def put(self, assignment_id: str, answer: Answer, state: ClientState) -> None:
+        """Stores an answer with the state it leaves."""
+        if self._keeps_answers:
+            self._answers[assignment_id] = answer
+        if state or self._pending:
+            self._pending.append((assignment_id, state))
+
+    def settle(self, accepted: list[str], dropped: list[str]) -> None:
+        """Accepted work stands and its answer is forgotten; dropped work is undone."""
+        stands, gone = set(accepted), set(accepted) | set(dropped)
+        for key, state in self._pending:
+            if key in stands:
+                self._state = state
+        self._pending = [(key, state) for key, state in self._pending if key not in gone]
+        if self._keeps_answers:
+            self._settled |= gone & self._answers.keys()
+            for key in gone:
+                self._answers.pop(key, None)
+
+
+class LocalClient:
+    """Answers assignments: from its store where it has the answer, else by doing the work.
+
+    An error in the task's own code becomes a refusal, so that one client never ends a run.
+    """
+
+    def __init__(self, name: str, trainer: Trainer, store: ClientStore) -> None:
+        self.name = name
+        self.trained = 0
+        self._trainer = trainer
+        self._store = store
+
+    def perform(self, assignment: Assignment, parcel: Parcel) -> Answer:
+        """The answer; raises `Refused`."""
+        stored = self._store.answer(assignment.id)
+        if stored is not None:
+            return stored
+        if self._store.is_settled(assignment.id):
+            raise Refused(Reason.DONE, f"{self.name} has done this assignment and its round is over")
+        answer, state = self._work(assignment, parcel)
+        self.trained += 1
+        self._store.put(assignment.id, answer, state)
+        return answer
+
+    def _work(self, assignment: Assignment, parcel: Parcel) -> tuple[Answer, ClientState]:
+        try:
+            return self._trainer.perform(assignment, parcel, self._store.state())
+        except (Refused, IncompatibleStrategy):
+            raise
+        except Exception as error:  # the task's own code runs here, and may raise anything
+            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+            raise Refused(Reason.FAILED, f"{kind}{error}") from error
+
+    def settle(self, accepted: list[str], dropped: list[str]) -> None:
+        """A round is durable or abandoned: forget and undo accordingly."""
+        self._store.settle(accepted, dropped)

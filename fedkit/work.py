@@ -1,0 +1,125 @@
+"""What a client can be asked to do, and what it answers.
+
+The questions are settings (`Fit`, `Gradient`, `Evaluate`, `Summarize`); the answers are values (`Update`, `MetricSums`,
+`Summary`) that hold nothing but vectors and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from fedkit.config import PositiveFloat, PositiveInt, Settings
+from fedkit.queries import Query
+from fedkit.weights import Vector, Weights
+
+__all__ = ["Answer", "BatchSize", "Evaluate", "Fit", "Gradient", "MetricSums", "Summarize", "Summary", "Update", "Work"]
+
+BatchSize: TypeAlias = PositiveInt | Literal["all"]
+
+
+class Fit(Settings):
+    """Local training: passes over the client's data (`epochs`) or a number of optimiser steps (`steps`), never both.
+
+    `lr` overrides the rate of the task's optimiser. `proximal` is FedProx's mu: the loss gains mu/2 ||w - received||²
+    (Li et al. 2020, eq. 2). `control_variates` corrects each gradient by c - c_i (SCAFFOLD, Karimireddy et al. 2020).
+    `mixed_precision` trains in bfloat16 autocast on CUDA and changes nothing elsewhere.
+    """
+
+    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    batch_size: BatchSize = 32
+    lr: PositiveFloat | None = None
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    control_variates: bool = False
+    mixed_precision: bool = False
+
+    def __post_init__(self) -> None:
+        """One pass over the data, unless either is given."""
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "epochs", 1)
+
+    def replace(self, **changes: object) -> Fit:
+        """The same work with `changes`; naming `steps` drops `epochs`, and the reverse."""
+        if changes.get("steps") is not None:
+            changes.setdefault("epochs", None)
+        if changes.get("epochs") is not None:
+            changes.setdefault("steps", None)
+        return super().replace(**changes)
+
+
+class Gradient(Settings):
+    """One gradient of the mean loss at the received model, over one batch or all of the client's data."""
+
+    batch_size: BatchSize = "all"
+
+
+class Evaluate(Settings):
+    """Loss and metrics of the received model on validation or test data, as sums."""
+
+    split: Literal["valid", "test"] = "valid"
+    batch_size: PositiveInt = 512
+
+
+class Summarize(Settings):
+    """One query about the client's training data, answered as sums."""
+
+    query: Query
+
+
+Work: TypeAlias = Fit | Gradient | Evaluate | Summarize
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a `Fit` changed (trained minus received), the trained weights of a hop, or a gradient.
+
+    `examples` is the number of training rows; `extra` holds the strategy's own named vectors; `loss` is the mean
+    training loss, or None where the task's own loop reports none.
+    """
+
+    weights: Weights
+    examples: int
+    loss: float | None = None
+    extra: Mapping[str, Vector] = field(default_factory=dict)
+
+    @property
+    def payload_bytes(self) -> int:
+        """The size of the vectors."""
+        return self.weights.vector.nbytes + sum(vector.nbytes for vector in self.extra.values())
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSums:
+    """Sums of metric states over `examples` rows: a float64 vector that only the task's metrics can read."""
+
+    vector: npt.NDArray[np.float64]
+    examples: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """The size of the vector."""
+        return self.vector.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The sums a query asked for, over `examples` rows: integers where the query is bounded, else float64."""
+
+    vector: npt.NDArray[np.int64] | npt.NDArray[np.float64]
+    examples: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """The size of the vector."""
+        return self.vector.nbytes
+
+
+Answer: TypeAlias = Update | MetricSums | Summary
