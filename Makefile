@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
-DATA ?= $(FEDKIT_DATA)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test check bench figures clean
@@ -31,11 +30,17 @@ check: $(VENV)/dev
 test: check
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10
 
-bench: $(VENV)/dev
-	$(BIN)/python bench/run.py
+$(VENV)-pfl/ready: Makefile
+	$(PYTHON) -m venv $(VENV)-pfl
+	$(VENV)-pfl/bin/pip install --quiet torch==2.13.0
+	$(VENV)-pfl/bin/pip install --quiet pfl==0.6.0
+	@touch $@
 
-figures: $(VENV)/dev
-	$(BIN)/python bench/figures.py $(if $(DATA),--data $(DATA))
+bench: $(VENV)/dev $(VENV)-pfl/ready
+	$(BIN)/python bench/run.py --pfl $(VENV)-pfl/bin/python
+
+figures: $(VENV)/dev $(VENV)-pfl/ready
+	$(BIN)/python bench/figures.py --pfl $(VENV)-pfl/bin/python
 
 clean:
-	rm -rf $(VENV) $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-pfl $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

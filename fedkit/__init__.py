@@ -6,6 +6,7 @@ from fedkit.config import Evaluation, Participation, Settings
 from fedkit.errors import FedkitError
 from fedkit.queries import Histogram, LabelCounts, Moments
 from fedkit.result import Result
+from fedkit.rounds.journal import RoundRecord
 from fedkit.simulation import simulate
 from fedkit.strategy import Federation, Strategy
 from fedkit.task import Data, Site, Standardize, Task, Tensor
@@ -28,6 +29,7 @@ __all__ = [
     "Moments",
     "Participation",
     "Result",
+    "RoundRecord",
     "Settings",
     "Site",
     "Standardize",

@@ -17,6 +17,7 @@ FedkitError
 └── ExportError            the exported model does not do what the trained one does
 
 CastWarning (a UserWarning): parameters that are not float32 travel as float32.
+RefusalWarning (a UserWarning): a client's own code failed, so the result was made without it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "NonDeterministicStrategy",
     "PayloadError",
     "Reason",
+    "RefusalWarning",
     "Refused",
     "RoundAbandoned",
     "RunError",
@@ -134,3 +136,7 @@ class ExportError(FedkitError):
 
 class CastWarning(UserWarning):
     """Parameters that are not float32 travel, and are aggregated, as float32."""
+
+
+class RefusalWarning(UserWarning):
+    """A client's own code failed in a run that went on without it; the message names the first one."""

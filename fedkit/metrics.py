@@ -44,16 +44,15 @@ class MetricSet:
 
     def update(self, module: nn.Module, batch: Any, rows: int) -> None:
         """Adds one batch of `rows` rows."""
-        task = self._task
-        if task.step is None:
-            outputs, targets = task.outputs_of(module, batch)
-            loss = task.loss(outputs, targets) if task.loss is not None else torch.zeros(())
-        else:
-            loss = task.step(module, batch)
-            outputs, targets = task.outputs_of(module, batch) if self.metrics else (None, None)
+        loss, outputs, targets = self._task.scored(module, batch, with_outputs=bool(self.metrics))
         self._loss += (float(loss) * rows, rows)
         for metric in self.metrics.values():
-            metric.update(outputs, _as_targets(metric, targets))
+            metric.update(self._as_outputs(metric, outputs), _as_targets(metric, targets))
+
+    def _as_outputs(self, metric: Any, outputs: Any) -> Any:
+        """Probabilities for binary metrics of logits; torchmetrics would guess, batch by batch, which they are."""
+        binary = type(metric).__name__.startswith(("Binary", "Multilabel"))
+        return outputs.sigmoid() if binary and self._task.gives_logits else outputs
 
     def sums(self) -> Sums:
         """The vector of everything added so far."""

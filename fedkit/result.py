@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -14,18 +15,26 @@ from torch import nn
 
 from fedkit import codec
 from fedkit.errors import ConfigError
+from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome
 from fedkit.rounds.journal import RoundRecord
 from fedkit.strategy import Strategy
 from fedkit.task import Task
 from fedkit.weights import Weights
 
-__all__ = ["Result"]
+__all__ = ["Result", "trained"]
+
+
+def trained(strategy: Strategy, outcome: Outcome) -> Strategy:
+    """A copy of `strategy` with the state it had after the last round."""
+    found = copy.copy(strategy)
+    found.load_state_dict(outcome.state)
+    return found
 
 
 @dataclass(frozen=True)
 class Result:
-    """The end of a run, the same from `simulate` and from a real federation."""
+    """The end of a run, the same from `simulate` and from a real federation. `strategy` has its final state."""
 
     task: Task
     strategy: Strategy
@@ -51,7 +60,10 @@ class Result:
     def best(self) -> Best:
         """The round of the best validation metric; raises `ConfigError` where the run had no such metric."""
         if self.outcome.best is None:
-            raise ConfigError('this run kept no best round; run it with evaluate=fedkit.Evaluation(best="loss:min")')
+            raise ConfigError(
+                'this run has no best round: run it with evaluate=fedkit.Evaluation(best="loss:min"), '
+                "and see .history for rounds whose evaluation was refused"
+            )
         return self.outcome.best
 
     @property
@@ -74,6 +86,11 @@ class Result:
         """Loss and metrics of the final model at each client whose site releases them."""
         return self.outcome.test_per_client
 
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Who was not scored on test data, and why."""
+        return self.outcome.refusals
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the weights, as values JSON can hold."""
         best = self.outcome.best
@@ -86,6 +103,7 @@ class Result:
             "abandoned": [dataclasses.asdict(record) for record in self.abandoned],
             "test": dict(self.test),
             "test_per_client": {name: dict(scores) for name, scores in self.test_per_client.items()},
+            "refusals": [dataclasses.asdict(refusal) for refusal in self.refusals],
             "best": None if best is None else {"round": best.round, "metrics": best.metrics, "test": best.test},
         }
 

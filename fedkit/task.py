@@ -48,10 +48,13 @@ class Tensor:
 
 
 class Data:
-    """One client's rows. Each of `train`, `test` and `valid` is a torch `Dataset` or a tuple of arrays or tensors.
+    """One client's rows: each of `train`, `test`, `valid` is a torch `Dataset`, a tuple of columns, or a list of rows.
+
+    Columns are arrays or tensors of equal length; float64 ones become float32, which models expect. Rows in a list are
+    dicts or tuples, made into batches by `collate` (torch's default where it is None).
 
     Without `valid`, a seeded tenth of `train` is set aside in runs that evaluate, and only there. `groups` names a
-    group per test row, for fairness reports; `collate` makes a batch of a list of rows.
+    group per test row, for fairness reports.
     """
 
     def __init__(
@@ -69,11 +72,31 @@ class Data:
         self.collate = collate
 
 
+class _Listed(Dataset[Any]):
+    """Rows of a list."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[index]
+
+
+def _column(values: Any) -> torch.Tensor:
+    column = torch.as_tensor(values)
+    return column.float() if column.dtype == torch.float64 else column
+
+
 def _dataset(rows: Rows, name: str) -> Dataset[Any]:
     if isinstance(rows, Dataset):
         return rows
+    if isinstance(rows, list) and all(isinstance(row, dict | tuple) for row in rows):
+        return _Listed(rows)
     try:
-        tensors = [torch.as_tensor(column) for column in rows]
+        tensors = [_column(column) for column in rows]
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{name}: expected a torch Dataset or a tuple of arrays: {error}") from None
     lengths = {len(column) for column in tensors}
@@ -156,7 +179,8 @@ class Task:
 
     * `model()` makes a fresh `nn.Module`; `data(client)` loads one client's `Data`.
     * `loss(outputs, targets)` is mean-reduced, for rows that are (features, targets).
-    * `step(model, batch)` returns the mean loss of any other batch; `predict(model, batch)` its (outputs, targets).
+    * `step(model, batch)` returns the mean loss of any other batch; `predict(model, batch)` the (outputs, targets) that
+      metrics see. Without `predict`, binary metrics see the sigmoid of what goes into `BCEWithLogitsLoss`.
     * `train(model, batches, site)` replaces the local loop and may return the mean loss.
     * `exchange(name)` says which parameters travel; the others stay, and are kept, at each client.
     * `metrics` are torchmetrics factories; `inputs` and `outputs` name what the exported model takes and gives.
@@ -182,14 +206,26 @@ class Task:
         """Names what is missing or contradictory."""
         if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
             raise TaskError(f"a task's name is letters, digits, '-' and '_', got {self.name!r}")
+        self._check_factories()
+        self._check_learning()
+        if self.prepare is not None:
+            self.prepare.layer(self)
+
+    def _check_factories(self) -> None:
+        for name, kind in (("model", "a module"), ("data", "the data")):
+            if not callable(getattr(self, name)) or isinstance(getattr(self, name), nn.Module):
+                raise TaskError(f"{self.name}: {name} must be a function that makes {kind}, not {kind} itself")
+        for name, factory in self.metrics.items():
+            if not callable(factory) or isinstance(factory, nn.Module):
+                raise TaskError(f"{self.name}: metric {name!r} must be a function that makes it: lambda: Metric(...)")
+
+    def _check_learning(self) -> None:
         if self.loss is not None and self.step is not None:
             raise TaskError(f"{self.name}: give loss (for (features, targets) rows) or step (for any batch), not both")
         if self.loss is None and self.step is None and self.train is None:
             raise TaskError(f"{self.name}: give loss, step or train; nothing says how to learn")
         if self.metrics and self.predict is None and self.loss is None:
             raise TaskError(f"{self.name}: metrics need predict(model, batch) -> (outputs, targets)")
-        if self.prepare is not None:
-            self.prepare.layer(self)
 
     @property
     def feature_shape(self) -> tuple[int, ...]:
@@ -215,19 +251,27 @@ class Task:
 
     def mean_loss(self, module: nn.Module, batch: Any) -> torch.Tensor:
         """The mean loss of one batch, by `step` or by `loss`."""
-        if self.step is not None:
-            return self.step(module, batch)
-        if self.loss is None:
-            raise TaskError(f"{self.name}: this work needs loss or step, the task has only its own train loop")
-        outputs, targets = self.outputs_of(module, batch)
-        return self.loss(outputs, targets)
+        return self.scored(module, batch, with_outputs=False)[0]
 
-    def outputs_of(self, module: nn.Module, batch: Any) -> tuple[Any, Any]:
-        """(outputs, targets) of one batch, by `predict` or as rows of (features, targets)."""
-        if self.predict is not None:
-            return self.predict(module, batch)
-        features, targets = self.columns(batch)
-        return module(features), targets
+    def scored(self, module: nn.Module, batch: Any, *, with_outputs: bool) -> tuple[torch.Tensor, Any, Any]:
+        """(mean loss, outputs, targets) of one batch; the latter by `predict` where it is given."""
+        outputs = targets = None
+        if self.step is not None:
+            loss = self.step(module, batch)
+        elif self.loss is not None:
+            features, targets = self.columns(batch)
+            outputs = module(features)
+            loss = self.loss(outputs, targets)
+        else:
+            raise TaskError(f"{self.name}: this work needs loss or step, the task has only its own train loop")
+        if with_outputs and self.predict is not None:
+            outputs, targets = self.predict(module, batch)
+        return loss, outputs, targets
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether metrics see raw outputs of which the loss takes the sigmoid itself."""
+        return isinstance(self.loss, nn.BCEWithLogitsLoss) and self.predict is None
 
     def columns(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(features, targets) of a batch; raises `DataError` for any other kind of batch."""

@@ -185,7 +185,9 @@ class Weights:
 
     def is_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
-        return bool(np.isfinite(self.vector).all())
+        with np.errstate(over="ignore", invalid="ignore"):
+            square = np.dot(self.vector, self.vector)  # one fast pass; finite only if every element is
+        return bool(np.isfinite(square)) or bool(np.isfinite(self.vector).all())
 
     def arrays(self) -> Iterator[tuple[str, Vector]]:
         """Each tensor's name and values, as views in its own shape."""
@@ -254,6 +256,7 @@ class Binding:
         travels, self.local = _split(module, exchange or _all)
         self._tensors = list(travels.values())
         self._views = _shared_views(self._tensors)
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         self.manifest = Manifest(
             tuple(Entry(name, tuple(t.shape), _dtype(name, t), t.requires_grad) for name, t in travels.items())
         )
@@ -293,9 +296,7 @@ class Binding:
 
     def _is_shared(self) -> bool:
         """Whether the module still keeps its values where the views look."""
-        return bool(self._views) and all(
-            view.ctypes.data == tensor.data_ptr() for view, tensor in zip(self._views, self._tensors, strict=True)
-        )
+        return bool(self._views) and self._addresses == [tensor.data_ptr() for tensor in self._tensors]
 
     def split(self, vector: Vector) -> list[torch.Tensor]:
         """The flat `vector` as tensors shaped and placed as the module's own, without a copy on the CPU."""

@@ -97,6 +97,6 @@ def comparison(rows: Sequence[Row]) -> Table:
     for head in ("all", *HOSPITALS):
         table.add_column(head, justify="right")
     for row in rows:
-        each = [_number(row.per_hospital.get(hospital))[:5] for hospital in HOSPITALS]
+        each = [f"{row.per_hospital[hospital]:.3f}" for hospital in HOSPITALS]
         table.add_row(row.name, f"{row.accuracy:.3f}", *each, style="bold" if row.accuracy == best else "")
     return table

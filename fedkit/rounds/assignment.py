@@ -13,7 +13,7 @@ from blake3 import blake3
 from fedkit.weights import Vector, Weights
 from fedkit.work import Answer, Work
 
-__all__ = ["Assignment", "Parcel", "Returns", "Transport", "question_digest"]
+__all__ = ["Assignment", "Parcel", "Returns", "Transport", "assignment_id", "question_digest"]
 
 Returns: TypeAlias = Literal["update", "weights", "sums"]
 

@@ -1,20 +1,21 @@
 """Drives a run from its preparation to its test scores, and takes it up again from its journal.
 
-Round 0 prepares (initial weights, federated preprocessing), rounds 1 .. R are the strategy's, and the round after the
-last one touches the test data, once.
+Round 0 prepares (initial weights, federated preprocessing), rounds 1 .. R are the strategy's; round -1 comes last and
+touches the test data, once.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fedkit.config import Evaluation
 from fedkit.errors import RoundAbandoned, RunError, RunFailed
 from fedkit.metrics import MetricSet
 from fedkit.rounds.assignment import Transport
+from fedkit.rounds.call import Refusal
 from fedkit.rounds.federation import JournaledFederation, RunIdentity
 from fedkit.rounds.journal import Commit, Journal, RoundRecord
 from fedkit.strategy import Strategy
@@ -23,6 +24,8 @@ from fedkit.weights import Weights
 from fedkit.work import Answer, Evaluate, MetricSums
 
 __all__ = ["Best", "Outcome", "Plan", "conduct"]
+
+_TEST_ROUND = -1
 
 Observer: TypeAlias = Callable[[RoundRecord], None]
 
@@ -52,7 +55,10 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run ends with. `test` is pooled over all clients' test data, `test_per_client` each one's own."""
+    """What a run ends with. `test` is pooled over all clients' test data, `test_per_client` each one's own.
+
+    `refusals` says who was not scored and why; `state` is the strategy's own after the last round.
+    """
 
     weights: Weights
     history: list[RoundRecord]
@@ -60,6 +66,8 @@ class Outcome:
     test: dict[str, float] = field(default_factory=dict)
     test_per_client: dict[str, dict[str, float]] = field(default_factory=dict)
     best: Best | None = None
+    refusals: tuple[Refusal, ...] = ()
+    state: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Finished(Exception):
@@ -146,7 +154,8 @@ class _Run(JournaledFederation):
         attempt = self.now.opened.attempt
         self.abandon()
         if attempt >= self.identity.participation.attempts:
-            raise RunFailed(f"{error} The round was tried {attempt} times; the last committed model stands.") from error
+            stands = "nothing was trained" if self.journal.last() is None else "the last committed model stands"
+            raise RunFailed(f"{error} The round was tried {attempt} times; {stands}.") from error
 
     def _next_attempt(self) -> int:
         tried = self.journal.abandoned()
@@ -230,7 +239,7 @@ class _Run(JournaledFederation):
     async def finish(self) -> Outcome:
         """Scores the final and the best model on test data, once, and hands everything over."""
         last, best = self._last(), self.journal.best()
-        self.enter(last.round + 1)
+        self.enter(_TEST_ROUND)
         test, each = await self._score(self.clients, last.model, Evaluate(split="test"))
         found = None
         if best is not None:
@@ -238,4 +247,5 @@ class _Run(JournaledFederation):
             scores = test if same else (await self._score(self.clients, best.model, Evaluate(split="test")))[0]
             found = Best(best.round, best.model, dict(best.record.metrics), scores)
         history = [record for record in self.journal.history() if record.round > 0]
-        return Outcome(last.model, history, self.journal.abandoned(), test, each, found)
+        refusals = tuple(self.now.refusals)
+        return Outcome(last.model, history, self.journal.abandoned(), test, each, found, refusals, last.state)

@@ -38,9 +38,10 @@ class Setting:
 
 
 class Workers(Protocol):
-    """Clients at work; `slots` is how many can work at once."""
+    """Clients at work: `slots` answers may be under way at once; `in_order` says that they come in the order asked."""
 
     slots: int
+    in_order: bool
 
     async def perform(self, assignment: Assignment, parcel: Parcel) -> Answer:
         """One client's answer; raises `Refused`."""
@@ -59,6 +60,7 @@ class InProcess:
     """All clients in this process, one after the other, sharing one model on one device."""
 
     slots = 8  # answers that may wait to be folded; one client works at a time
+    in_order = True
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -91,6 +93,8 @@ class InProcess:
 
 class Processes:
     """Clients spread over N processes by a hash of their names. `threads` torch threads in each, as in the caller."""
+
+    in_order = False
 
     def __init__(self, setting: Setting, count: int) -> None:
         import cloudpickle

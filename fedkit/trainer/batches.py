@@ -51,7 +51,7 @@ def shuffled(
 
     Stops after `epochs` passes or `steps` batches; "all" gives every row in order.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(rng.seed_for(seed, "batches"))
     done, passes = 0, 0
     while (passes < epochs) if steps is None else (done < steps):  # type: ignore[operator]
         order = torch.arange(count) if size == "all" else torch.randperm(count, generator=generator)

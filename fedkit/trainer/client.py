@@ -67,6 +67,8 @@ class MemoryStore:
 
     def settle(self, accepted: list[str], dropped: list[str]) -> None:
         """Accepted work stands and its answer is forgotten; dropped work is undone."""
+        if not self._pending and not self._keeps_answers:
+            return
         stands, gone = set(accepted), set(accepted) | set(dropped)
         for key, state in self._pending:
             if key in stands:

@@ -97,10 +97,11 @@ class Trainer:
         self._receive(parcel.model, state)
         if isinstance(work, Evaluate):
             return self._evaluate(assignment.client, work), state
-        rng.seed_all(self._batch_seed(assignment))
+        seed = rng.seed_for(assignment.seed, assignment.round, assignment.client)
+        rng.seed_all(seed)
         if isinstance(work, Gradient):
-            return self._gradient(assignment, work), state
-        return self._fit(assignment, work, parcel, dict(state))
+            return self._gradient(assignment, work, seed), state
+        return self._fit(assignment, work, parcel, dict(state), seed)
 
     def _receive(self, model: Weights, state: ClientState) -> None:
         """The module holds `model` and the client's own tensors, in training mode."""
@@ -112,19 +113,17 @@ class Trainer:
         if not all(part.training for part in self._parts):
             self._module.train()
 
-    def _fit(self, at: Assignment, fit: Fit, parcel: Parcel, state: ClientState) -> tuple[Update, ClientState]:
+    def _fit(
+        self, at: Assignment, fit: Fit, parcel: Parcel, state: ClientState, seed: int
+    ) -> tuple[Update, ClientState]:
         data, rows, _ = self.load(at.client)
         count = row_count(rows)
-        index = shuffled(count, fit.batch_size, epochs=fit.epochs, steps=fit.steps, seed=self._batch_seed(at))
+        index = shuffled(count, fit.batch_size, epochs=fit.epochs, steps=fit.steps, seed=seed)
         site = LocalSite(at.client, fit, self.device, state, parcel.extra)
         loss = self._train(batches(data, rows, index, self.device), site, parcel)
         state |= {_LOCAL + name: tensor.detach().cpu().numpy().copy() for name, tensor in self._binding.local.items()}
         result = self._binding.read() if at.returns == "weights" else self._binding.read_change(parcel.model)
         return Update(result, count, loss, site.sent), state
-
-    @staticmethod
-    def _batch_seed(at: Assignment) -> int:
-        return rng.seed_for(at.seed, at.round, at.client)
 
     def _train(self, stream: Iterator[Any], site: LocalSite, parcel: Parcel) -> float | None:
         if self.task.train is not None:
@@ -147,10 +146,10 @@ class Trainer:
         site.send(_CONTROL, following - mine)
         site.state[_CONTROL] = following
 
-    def _gradient(self, at: Assignment, work: Gradient) -> Update:
+    def _gradient(self, at: Assignment, work: Gradient, seed: int) -> Update:
         data, rows, _ = self.load(at.client)
         count = row_count(rows)
-        index = shuffled(count, work.batch_size, epochs=None, steps=1, seed=self._batch_seed(at))
+        index = shuffled(count, work.batch_size, epochs=None, steps=1, seed=seed)
         self._module.zero_grad(set_to_none=True)
         loss = self.task.mean_loss(self._module, next(batches(data, rows, index, self.device)))
         loss.backward()  # type: ignore[no-untyped-call]

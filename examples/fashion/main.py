@@ -1,0 +1,215 @@
+"""Fashion-MNIST from its four idx files, split over clients in three ways: IID, Dirichlet label skew, shards."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import math
+import os
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
+
+import fedkit
+from fedkit.errors import DataError
+from fedkit.strategies import FedAvg
+
+CLASSES = 10
+FILES = {
+    "train images": "train-images-idx3-ubyte.gz",
+    "train labels": "train-labels-idx1-ubyte.gz",
+    "test images": "t10k-images-idx3-ubyte.gz",
+    "test labels": "t10k-labels-idx1-ubyte.gz",
+}
+UNSIGNED_BYTE = 0x08
+MAX_ITEMS = 100_000
+REMEDY = "fetch the file again, unchanged, from the repository zalandoresearch/fashion-mnist"
+
+Labels: TypeAlias = npt.NDArray[np.int64]
+Rows: TypeAlias = npt.NDArray[np.intp]
+Split: TypeAlias = Callable[[Labels, int, np.random.Generator], list[Rows]]
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+def read_idx(path: Path, item_shape: Sequence[int] = ()) -> npt.NDArray[np.uint8]:
+    """The unsigned bytes of an idx .gz file, whose items have `item_shape`; raises `DataError`.
+
+    The format: two zero bytes, one byte for the dtype, one for the number of dimensions, each dimension as a big-endian
+    32-bit number, then the values. Every claim is checked before memory is taken for it.
+    """
+    try:
+        with gzip.open(path, "rb") as file:
+            shape = _shape(file, path, tuple(item_shape))
+            values = _take(file, path, math.prod(shape), f"the values of shape {_times(shape)}")
+            if file.read(1):
+                raise DataError(f"{path}: there is more than the values of shape {_times(shape)}: {REMEDY}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be unpacked ({error}): {REMEDY}") from None
+    return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def _shape(file: gzip.GzipFile, path: Path, item_shape: tuple[int, ...]) -> tuple[int, ...]:
+    zeros, dtype, dims = struct.unpack(">HBB", _take(file, path, 4, "the magic number"))
+    if zeros != 0:
+        raise DataError(f"{path}: not an idx file: its magic number does not begin with two zero bytes: {REMEDY}")
+    if dtype != UNSIGNED_BYTE:
+        raise DataError(f"{path}: the dtype code is 0x{dtype:02x}, expected 0x08 (unsigned byte): {REMEDY}")
+    if dims != 1 + len(item_shape):
+        raise DataError(f"{path}: {dims} dimensions, expected {1 + len(item_shape)}: are images and labels swapped?")
+    shape = struct.unpack(f">{dims}I", _take(file, path, 4 * dims, "the dimensions"))
+    if shape[1:] != item_shape or not 0 < shape[0] <= MAX_ITEMS:
+        wanted = _times([f"(1 to {MAX_ITEMS:,})", *item_shape])
+        raise DataError(f"{path}: the shape is {_times(shape)}, expected {wanted}: {REMEDY}")
+    return shape
+
+
+def _take(file: gzip.GzipFile, path: Path, count: int, what: str) -> bytes:
+    found = file.read(count)
+    if len(found) != count:
+        raise DataError(f"{path}: {what} need {count:,} bytes, the file holds only {len(found):,} more: {REMEDY}")
+    return found
+
+
+def _times(shape: Sequence[object]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def find(folder: Path) -> Path:
+    """The folder with the four files: `folder` or its `fashion_mnist`; raises `DataError`, naming those missing."""
+    inner = folder / "fashion_mnist"
+    folder = inner if inner.is_dir() else folder
+    missing = [name for name in FILES.values() if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"{folder}: there is no {', '.join(missing)}: give --data the folder that holds all four files")
+    return folder
+
+
+def load(folder: Path, part: str) -> tuple[npt.NDArray[np.float32], Labels]:
+    """Images as floats from 0 to 1, shaped (n, 1, 28, 28), and labels from 0 to 9; raises `DataError`."""
+    images = read_idx(folder / FILES[f"{part} images"], (28, 28))
+    labels = read_idx(folder / FILES[f"{part} labels"])
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} {part} images but {len(labels)} labels: are the files from one set?")
+    if labels.max() >= CLASSES:
+        raise DataError(f"{folder}: there is a {part} label {labels.max()}, expected 0 to {CLASSES - 1}: {REMEDY}")
+    return images[:, None].astype(np.float32) / 255, labels.astype(np.int64)
+
+
+# -- the clients -------------------------------------------------------------------------------------------------------
+
+
+def iid(labels: Labels, clients: int, rng: np.random.Generator) -> list[Rows]:
+    """Shuffled rows in equal parts."""
+    return np.array_split(rng.permutation(len(labels)), clients)
+
+
+def shards(labels: Labels, clients: int, rng: np.random.Generator) -> list[Rows]:
+    """Rows sorted by label, two shards a client, so that most clients know two classes (McMahan et al. 2017)."""
+    cut = np.array_split(np.argsort(labels, kind="stable"), 2 * clients)
+    dealt = rng.permutation(2 * clients).reshape(clients, 2)
+    return [np.concatenate([cut[first], cut[second]]) for first, second in dealt]
+
+
+def dirichlet(alpha: float) -> Split:
+    """Each class in shares drawn from Dirichlet(alpha), so that clients differ in classes and in size."""
+
+    def split(labels: Labels, clients: int, rng: np.random.Generator) -> list[Rows]:
+        parts: list[list[Rows]] = [[] for _ in range(clients)]
+        for label in range(CLASSES):
+            rows = rng.permutation(np.flatnonzero(labels == label))
+            ends = np.cumsum(rng.dirichlet([alpha] * clients))[:-1] * len(rows)
+            for part, share in zip(parts, np.split(rows, ends.astype(int)), strict=True):
+                part.append(share)
+        return [np.concatenate(part) for part in parts]
+
+    return split
+
+
+def deal(folder: Path, split: Split, clients: int, *, rows: int, seed: int) -> dict[str, fedkit.Data]:
+    """Each client's data: the first `rows` training images by `split`, the test images in even shares."""
+    images, labels = load(folder, "train")
+    test_images, test_labels = load(folder, "test")
+    parts = split(labels[:rows], clients, np.random.default_rng(seed))
+    return {
+        f"client-{i:02}": fedkit.Data(
+            train=(images[part], labels[part]),
+            test=(test_images[i::clients], test_labels[i::clients]),
+        )
+        for i, part in enumerate(parts)
+    }
+
+
+# -- the task ----------------------------------------------------------------------------------------------------------
+
+
+def model() -> nn.Module:
+    """A small CNN, without BatchNorm: its running statistics would mix what clients with different labels have seen."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, kernel_size=5, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, kernel_size=3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 5 * 5, CLASSES),
+    )
+
+
+def task(data: Mapping[str, fedkit.Data]) -> fedkit.Task:
+    """Fashion-MNIST over the clients of `data`."""
+    return fedkit.Task(
+        name="fashion",
+        model=model,
+        data=data.__getitem__,
+        loss=nn.CrossEntropyLoss(),
+        metrics={"accuracy": lambda: MulticlassAccuracy(CLASSES, average="micro")},
+        inputs={"image": fedkit.Tensor("float32", (1, 28, 28))},
+        outputs=["garment"],
+    )
+
+
+def parse() -> argparse.Namespace:
+    """The command line; ends the program where it makes no sense."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=os.environ.get("FEDKIT_DATA"), help="folder with the four files")
+    parser.add_argument("--split", choices=["iid", "dirichlet", "shards"], default="dirichlet")
+    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet split: 0.1 is strong skew")
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=6000, help="how many of the 60,000 training images to use")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error("give --data DIR, or set FEDKIT_DATA, to the folder with the four Fashion-MNIST .gz files")
+    if arguments.alpha <= 0 or not 0 < arguments.clients <= arguments.rows:
+        parser.error("--alpha must be above 0, and --clients from 1 to --rows")
+    return arguments
+
+
+def main() -> None:
+    """Prints what each client holds, then the accuracy on the test images after training."""
+    arguments = parse()
+    split = {"iid": iid, "shards": shards, "dirichlet": dirichlet(arguments.alpha)}[arguments.split]
+    try:
+        folder = find(Path(arguments.data))
+        data = deal(folder, split, arguments.clients, rows=arguments.rows, seed=arguments.seed)
+        for name, held in data.items():
+            counts = np.bincount([int(label) for _, label in held.train], minlength=CLASSES)
+            print(f"{name}  {counts.sum():5} images, by class {counts.tolist()}")
+        strategy = FedAvg(rounds=arguments.rounds, local=fedkit.Fit(epochs=2, batch_size=32, lr=0.1))
+        result = fedkit.simulate(task(data), strategy, clients=list(data), seed=arguments.seed)
+    except fedkit.FedkitError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(f"FedAvg, {arguments.rounds} rounds, {arguments.split}: test accuracy {result.test['accuracy']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
