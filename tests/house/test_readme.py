@@ -1,0 +1,39 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README.read_text(), re.DOTALL)
+PROGRAMS = [text for kind, text in BLOCKS if kind == "python"]
+OUTPUTS = [text for kind, text in BLOCKS if kind == ""]
+
+
+def run(program: str, cwd: Path) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_first_program_has_at_most_twenty_lines_and_prints_what_is_shown(tmp_path: Path) -> None:
+    program, shown = PROGRAMS[0], OUTPUTS[1]
+    assert len([line for line in program.splitlines() if line.strip()]) <= 20
+    assert run(program, tmp_path) == shown
+
+
+def test_the_strategy_of_the_readme_trains_and_keeps_its_state(tmp_path: Path) -> None:
+    program = f"""
+{PROGRAMS[1]}
+import fedkit
+from fedkit.testing import toy_task
+fit = fedkit.Fit(steps=5, lr=0.1)
+result = fedkit.simulate(toy_task(), FedAvgM(rounds=3, momentum=0.5, local=fit), clients=["a", "b"], seed=1)
+print(result.history[0].loss > result.history[-1].loss, list(result.strategy.state_dict()))
+"""
+    assert run(program, tmp_path) == "True ['velocity']\n"
