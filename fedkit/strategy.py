@@ -116,6 +116,7 @@ class Strategy(Settings, frozen=False):
     participation: Participation = Participation()
 
     uses: ClassVar[frozenset[str]] = frozenset({"mean"})  # of mean, updates, hop, start
+    unused: ClassVar[frozenset[str]] = frozenset()  # settings of participation that would be ignored
 
     async def round(self, federation: Federation, model: Weights) -> Weights:
         """One round: the next model from this one."""
@@ -143,10 +144,10 @@ class Strategy(Settings, frozen=False):
     def check(self, task: Task, module: nn.Module) -> None:  # noqa: ARG002
         """Raises `IncompatibleStrategy` where this strategy cannot train `task`, before anything is asked."""
         name, rule, plain = type(self).__name__, self.participation, Participation()
-        if not self.uses & {"mean", "updates"}:
-            for setting in ("quorum", "over_select"):
-                if getattr(rule, setting) != getattr(plain, setting):
-                    raise IncompatibleStrategy(f"participation.{setting} is for group calls, and {name} makes none")
+        grouped = bool(self.uses & {"mean", "updates"})
+        for setting in sorted(self.unused | (set() if grouped else {"quorum", "over_select"})):
+            if getattr(rule, setting) != getattr(plain, setting):
+                raise IncompatibleStrategy(f"{name} has no use for participation.{setting}={getattr(rule, setting)}")
         if task.train is None:
             return
         if isinstance(self.local, Gradient):

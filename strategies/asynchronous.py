@@ -24,6 +24,7 @@ class FedBuff(Strategy):
     server_lr: PositiveFloat = 1.0
 
     uses: ClassVar[frozenset[str]] = frozenset({"start"})
+    unused: ClassVar[frozenset[str]] = frozenset({"deadline_s", "fraction"})
 
     async def run(self, federation: Federation, model: Weights) -> Weights:
         """Keeps clients busy, and commits whenever the buffer is full."""

@@ -55,6 +55,8 @@ class StochasticWeightTransfer(_WeightTransfer):
 
     clients_per_round: PositiveInt
 
+    unused: ClassVar[frozenset[str]] = frozenset({"fraction"})
+
     def order(self, federation: Federation) -> list[str]:
         """The drawn clients in random order."""
         names = self.draw(federation, federation.clients, self.clients_per_round)

@@ -23,12 +23,14 @@ def demonstrated(names: list[str], out: Path, seed: int, as_json: bool) -> None:
     if not as_json:
         _introduce()
     results = {name: _trained(name, seed, as_json) for name in strategies}
-    rows = [compare.alone(seed), compare.pooled(seed)]
+    with show.busy("For comparison: each hospital alone, then all rows pooled", as_json):
+        rows = [compare.alone(seed), compare.pooled(seed)]
     rows += [compare.row(name, result) for name, result in results.items()]
-    picture = plot.draw(out / "curves.png", {name: result.history for name, result in results.items()}, rows)
     first, result = next(iter(results.items()))
-    result.save(out / "run")
-    model = deploy.export(result.model, task, out)
+    with show.busy("Drawing the curves and exporting ONNX", as_json):
+        picture = plot.draw(out / "curves.png", {name: result.history for name, result in results.items()}, rows)
+        result.save(out / "run")
+        model = deploy.export(result.model, task, out)
     if as_json:
         show.print_json(_facts(rows, picture, model, seed, time.monotonic() - began))
     else:

@@ -16,7 +16,7 @@ from fedkit.demo.heart import HOSPITALS
 from fedkit.result import Result
 from fedkit.rounds.journal import RoundRecord
 
-__all__ = ["comparison", "console", "errors", "print_json", "rounds", "test_scores"]
+__all__ = ["busy", "comparison", "console", "errors", "print_json", "rounds", "test_scores"]
 
 console = Console()
 errors = Console(stderr=True)
@@ -27,6 +27,11 @@ _SHOWN = 18  # rounds a live table holds; longer runs show the evaluated ones
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     print(json.dumps(value, indent=2))
+
+
+def busy(what: str, quiet: bool) -> contextlib.AbstractContextManager[Any]:
+    """A spinner beside `what` until the block ends."""
+    return contextlib.nullcontext() if quiet else console.status(what)
 
 
 @contextlib.contextmanager
@@ -47,6 +52,8 @@ def rounds(title: str, total: int) -> Iterator[Callable[[RoundRecord], None]]:
                 live.update(_table(title, seen()[-_SHOWN - 4 :], total), refresh=True)
 
         yield observe
+    if not console.is_terminal:
+        console.print()  # a live table ends its last line only on a terminal
 
 
 def _table(title: str, records: Sequence[RoundRecord], total: int) -> Table:

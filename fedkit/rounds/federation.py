@@ -16,13 +16,13 @@ from blake3 import blake3
 
 from fedkit.aggregation import Fold, KeepFold, Mean, MeanFold, SumFold, Total, Weighting
 from fedkit.config import Participation
-from fedkit.errors import Reason, RoundAbandoned
+from fedkit.errors import Reason, Refused, RoundAbandoned
 from fedkit.queries import Query
 from fedkit.rounds.assignment import Assignment, Parcel, Returns, Transport, question_digest
 from fedkit.rounds.call import GroupCall, Refusal, State
 from fedkit.rounds.checks import inspect
 from fedkit.rounds.drive import drive
-from fedkit.rounds.flights import Flights
+from fedkit.rounds.flights import Flights, Landed
 from fedkit.rounds.journal import Entry, Journal, OpenRound, Started
 from fedkit.rounds.open import Progress
 from fedkit.strategy import Arrival, Send
@@ -141,12 +141,12 @@ class JournaledFederation:
         question = self._ask(work, "update", Parcel(model, _vectors(send)), cohort)
         call = GroupCall(question.cohort, self.identity.participation, self.transport.now())
         async with self.now.replay.call(question.key, question.label) as entry:
-            async for client, update in self._singly(question, call):
+            async for client, update in self._singly(question, call, is_over=entry is not None):
                 self.now.contributed([client], update.examples, update.loss)
                 yield client, update
-        self.now.refusals += call.refusals
-        if call.state is State.ABANDONED:
-            raise RoundAbandoned(_too_few(self.round, call))
+        self.now.refusals += entry.refusals if entry else call.refusals
+        if entry is None and call.state is State.ABANDONED:
+            raise RoundAbandoned(_too_few(self.round, call, call.refusals))
         if entry is None:
             self.journal.note(Entry("call", question.key, question.label, (), tuple(call.refusals)))
 
@@ -197,15 +197,26 @@ class JournaledFederation:
         """The next update of work that was started; failures are on record and passed over."""
         while True:
             entry = self.now.replay.arrival()
-            landed = await self._flights.land(entry.key if entry else None)
-            flown, refused = landed.started.assignment, landed.refusal
-            done = () if refused else ((flown.client, flown.id),)
+            landed = self._measured(await self._flights.land(entry.key if entry else None))
+            flown, outcome = landed.started.assignment, landed.outcome
             if entry is None:
-                self.journal.note(Entry("arrival", flown.id, f"arrival from {flown.client}", done))
-            if refused is not None:
-                self.now.refusals.append(refused)
+                done = () if isinstance(outcome, Refusal) else ((flown.client, flown.id),)
+                entry = Entry("arrival", flown.id, f"arrival from {flown.client}", done, landed.refusals)
+                self.journal.note(entry)
+            if not entry.accepted:
+                self.now.refusals += entry.refusals
+            elif isinstance(outcome, Refusal):
+                raise RoundAbandoned(f"round {self.round}: {flown.client} had answered before, and now refuses")
             else:
-                return self._arrived(landed.started, landed.update)
+                return self._arrived(landed.started, outcome)
+
+    def _measured(self, landed: Landed) -> Landed:
+        """Refuses what is larger than the run allows."""
+        limit, outcome = self.identity.participation.max_update_norm, landed.outcome
+        if limit is None or isinstance(outcome, Refusal) or outcome.weights.norm() <= limit:
+            return landed
+        client = landed.started.assignment.client
+        return Landed(landed.started, Refusal(client, Reason.NORM, f"the norm is above {limit:.4g}"))
 
     def _arrived(self, started: Started, update: Update) -> Arrival:
         flown = started.assignment
@@ -293,16 +304,32 @@ class JournaledFederation:
 
         return perform
 
-    async def _singly(self, question: _Question, call: GroupCall) -> AsyncIterator[tuple[str, Update]]:
-        """Those journaled first, in their order; then the others as they come, each journaled before it is given."""
-        perform = self._performer(call, question)
+    async def _singly(
+        self, question: _Question, call: GroupCall, *, is_over: bool
+    ) -> AsyncIterator[tuple[str, Update]]:
+        """Those journaled first, in their order; then the others as they come, unless the call is over."""
         asked = set(question.ids.values())
         before = [entry.accepted[0][0] for key, entry in self.now.replay.updates.items() if key in asked]
-        inbox: asyncio.Queue[tuple[str, Answer] | None] = asyncio.Queue()
         for client in before:
-            answer = await perform(client)
+            answer = await self._again(question, client)
             call.answered(client, self.transport.now())
             yield client, self._take_update(question.ids[client], answer)
+        if not is_over:
+            async for item in self._newly(question, call):
+                yield item
+
+    async def _again(self, question: _Question, client: str) -> Answer:
+        """An answer that was accepted before; raises `RoundAbandoned` where it is not to be had any more."""
+        try:
+            return await self._perform(question.assignment(client), question.parcel)
+        except Refused as refused:
+            text = f"round {self.round}: {client} had answered {question.label} before, and now refuses: {refused}"
+            raise RoundAbandoned(text) from refused
+
+    async def _newly(self, question: _Question, call: GroupCall) -> AsyncIterator[tuple[str, Update]]:
+        """Answers as they come, each journaled before it is given."""
+        inbox: asyncio.Queue[tuple[str, Answer] | None] = asyncio.Queue()
+        perform = self._performer(call, question)
         driving = asyncio.create_task(self._drive_into(inbox, call, question, perform))
         try:
             while (item := await inbox.get()) is not None:
@@ -356,9 +383,8 @@ def _vectors(send: Send | None) -> dict[str, Vector]:
     return {name: np.ascontiguousarray(vector, dtype=np.float32).reshape(-1) for name, vector in found.items()}
 
 
-def _too_few(round: int, call: GroupCall, refusals: Sequence[Refusal] | None = None) -> str:
-    found = call.refusals if refusals is None else refusals
-    listed = [refusal for refusal in found if refusal.reason is not Reason.ABANDONED]
+def _too_few(round: int, call: GroupCall, refusals: Sequence[Refusal]) -> str:
+    listed = [refusal for refusal in refusals if refusal.reason is not Reason.ABANDONED]
     reasons = "; ".join(f"{r.client}: {r.reason.value}{f' ({r.detail})' if r.detail else ''}" for r in listed[:5])
     asked = len(call.cohort)
     few = (

@@ -23,15 +23,9 @@ class Landed:
     outcome: Update | Refusal
 
     @property
-    def refusal(self) -> Refusal | None:
-        """Why there is no update, or None."""
-        return self.outcome if isinstance(self.outcome, Refusal) else None
-
-    @property
-    def update(self) -> Update:
-        """The update of work that was not refused."""
-        assert isinstance(self.outcome, Update)
-        return self.outcome
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Why there is no update; empty where there is one."""
+        return (self.outcome,) if isinstance(self.outcome, Refusal) else ()
 
 
 class Flights:

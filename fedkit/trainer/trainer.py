@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from fedkit import rng
@@ -176,8 +175,3 @@ class Trainer:
         columns = (self.task.columns(batch) for batch, _ in all_rows(data, rows, 4096, torch.device("cpu")))
         flat = ((x.reshape(len(x), -1).numpy(), y.numpy()) for x, y in columns)
         return Summary(work.query.answer(flat), row_count(rows))
-
-
-def module_of(task: Task, weights: Weights, seed: int) -> nn.Module:
-    """The task's module with these weights, on the CPU, ready to predict."""
-    return weights.to_module(task.build(seed), task.travels).eval()

@@ -154,6 +154,16 @@ def test_fedbuff_goes_on_without_clients_that_refuse() -> None:
     assert any(r.client == "ann" for record in found.history for r in record.refusals)
 
 
+def test_asynchronous_updates_above_the_norm_do_not_count() -> None:
+    huge = with_weights(lambda weights: 1e6 * weights)
+    rule = fedkit.Participation(max_update_norm=50.0)
+    world = InMemoryFederation(toy_task(), CLIENTS, faults={"ann": huge})
+    found = world.run(FedBuff(rounds=5, concurrency=3, buffer=2, local=FIT, participation=rule))
+    refusals = [(r.client, r.reason) for record in found.history for r in record.refusals]
+    assert set(refusals) == {("ann", Reason.NORM)}
+    assert all("ann" not in record.clients for record in found.history)
+
+
 def test_fedbuff_fails_by_name_where_every_client_refuses() -> None:
     world = InMemoryFederation(toy_task(), ["ann", "bob"], faults={"ann": refuse, "bob": refuse})
 

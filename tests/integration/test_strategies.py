@@ -284,8 +284,16 @@ def test_a_run_leaves_the_strategy_object_as_it_was() -> None:
             {"loss": None, "train": lambda m, b, s: None},
             "built-in loop",
         ),
-        (CyclicWeightTransfer(participation=fedkit.Participation(quorum=2)), {}, "quorum is for group calls"),
-        (FedBuff(participation=fedkit.Participation(over_select=1.5)), {}, "over_select is for group calls"),
+        (
+            CyclicWeightTransfer(participation=fedkit.Participation(quorum=2)),
+            {},
+            "CyclicWeightTransfer has no use for participation.quorum=2",
+        ),
+        (
+            FedBuff(participation=fedkit.Participation(over_select=1.5)),
+            {},
+            "FedBuff has no use for participation.over_select=1.5",
+        ),
     ],
 )
 def test_what_cannot_work_together_is_named_before_anything_is_trained(
