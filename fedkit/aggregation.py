@@ -20,6 +20,8 @@ from fedkit.work import Answer, MetricSums, Summary, Update
 __all__ = ["Fold", "KeepFold", "Mean", "MeanFold", "SumFold", "Total", "Weighting"]
 
 Weighting: TypeAlias = Literal["examples", "uniform"]
+_MAX_KINDS = 4  # different sets of extra vectors that are told apart in one mean
+
 A = TypeVar("A", bound=Answer)
 
 
@@ -57,6 +59,7 @@ class Fold(Generic[A]):
 
     def __init__(self, cohort: Iterable[str]) -> None:
         self._order = sorted(cohort)
+        self._due = set(self._order)
         self._next = 0
         self._early: dict[str, A | None] = {}
         self.clients: list[str] = []
@@ -65,6 +68,9 @@ class Fold(Generic[A]):
 
     def add(self, client: str, answer: A | None) -> None:
         """Takes one client's answer, or None once it is sure that there will be none."""
+        if client not in self._due:
+            return
+        self._due.discard(client)
         self._early[client] = answer
         while self._next < len(self._order) and self._order[self._next] in self._early:
             name = self._order[self._next]
@@ -92,43 +98,73 @@ class Fold(Generic[A]):
         raise NotImplementedError
 
 
+class _Part:
+    """The running sum of updates that carry the same extra vectors."""
+
+    def __init__(self, size: int, extra: Mapping[str, int]) -> None:
+        self.sum = np.zeros(size, dtype=np.float64)
+        self.extra = {name: np.zeros(length, dtype=np.float64) for name, length in extra.items()}
+        self.weight = 0
+        self.losses = np.zeros(2, dtype=np.float64)
+        self.clients: list[str] = []
+        self.examples = 0
+
+    def add(self, client: str, answer: Update, weight: int, scratch: npt.NDArray[np.float64]) -> None:
+        np.multiply(answer.weights.vector, np.float64(weight), out=scratch)
+        self.sum += scratch
+        for name, vector in answer.extra.items():
+            self.extra[name] += vector * np.float64(weight)
+        if answer.loss is not None:
+            self.losses += (answer.loss * answer.examples, answer.examples)
+        self.weight += weight
+        self.clients.append(client)
+        self.examples += answer.examples
+
+
 class MeanFold(Fold[Update]):
-    """sum(w_k u_k) / sum(w_k) in float64, with w_k the example count or 1, rounded once to float32."""
+    """sum(w_k u_k) / sum(w_k) in float64, with w_k the example count or 1, rounded once to float32.
+
+    Updates must carry the same extra vectors; those that differ from what most clients sent are rejected.
+    """
 
     def __init__(self, cohort: Iterable[str], manifest: Manifest, weighting: Weighting) -> None:
         super().__init__(cohort)
         self._manifest = manifest
         self._weighting = weighting
-        self._sum = np.zeros(manifest.size, dtype=np.float64)
-        self._term = np.empty_like(self._sum)
-        self._extra: dict[str, npt.NDArray[np.float64]] | None = None
-        self._weight = 0
-        self._loss = np.zeros(2, dtype=np.float64)
+        self._scratch = np.empty(manifest.size, dtype=np.float64)
+        self._parts: dict[tuple[tuple[str, int], ...], _Part] = {}
 
-    def accumulate(self, answer: Update) -> None:
-        """Adds one weighted update; refuses one whose extra vectors are not those of the first client by name."""
+    def _fold(self, client: str, answer: Update | None) -> None:
+        if answer is None:
+            return
         sizes = {name: len(vector) for name, vector in answer.extra.items()}
-        if self._extra is None:
-            self._extra = {name: np.zeros(size) for name, size in sizes.items()}
-        expected = {name: len(vector) for name, vector in self._extra.items()}
-        if sizes != expected:
-            raise Refused(Reason.SHAPE, f"expected extra vectors {expected}, got {sizes}")
-        weight = answer.examples if self._weighting == "examples" else 1
-        self._weight += weight
-        np.multiply(answer.weights.vector, weight, out=self._term, dtype=np.float64)
-        self._sum += self._term
-        if answer.loss is not None:
-            self._loss += (answer.loss * answer.examples, answer.examples)
-        for name, vector in answer.extra.items():
-            self._extra[name] += vector * np.float64(weight)
+        kind = tuple(sorted(sizes.items()))
+        if kind not in self._parts and len(self._parts) == _MAX_KINDS:
+            self.rejected[client] = Refused(Reason.SHAPE, f"no other client sent the extra vectors {sizes}")
+            return
+        part = self._parts.setdefault(kind, _Part(self._manifest.size, sizes))
+        part.add(client, answer, answer.examples if self._weighting == "examples" else 1, self._scratch)
+
+    def close(self) -> None:
+        """Folds what is left, and rejects those whose extra vectors are not what most clients sent."""
+        super().close()
+        if not self._parts:
+            return
+        kind, kept = max(self._parts.items(), key=lambda item: len(item[1].clients))
+        for odd, part in self._parts.items():
+            for client in part.clients if odd != kind else ():
+                self.rejected[client] = Refused(Reason.SHAPE, f"expected extra vectors {dict(kind)}, got {dict(odd)}")
+        self._parts = {kind: kept}
+        self.clients, self.examples = kept.clients, kept.examples
 
     def result(self) -> Mean:
         """The mean of all that was added; of nothing, zeros."""
         self.close()
-        weight = self._weight or 1
-        update = Weights(self._manifest, (self._sum / weight).astype(np.float32))
-        extra = {name: (total / weight).astype(np.float32) for name, total in (self._extra or {}).items()}
-        loss = float(self._loss[0] / self._loss[1]) if self._loss[1] else None
+        part = next(iter(self._parts.values()), _Part(self._manifest.size, {}))
+        weight = part.weight or 1
+        update = Weights(self._manifest, (part.sum / weight).astype(np.float32))
+        extra = {name: (total / weight).astype(np.float32) for name, total in part.extra.items()}
+        loss = float(part.losses[0] / part.losses[1]) if part.losses[1] else None
         return Mean(update, self.examples, tuple(self.clients), loss, extra)
 
 
@@ -147,18 +183,23 @@ class KeepFold(Fold[Update]):
 
 
 class SumFold(Fold[Any]):
-    """The plain sum of metric states or summaries."""
+    """The plain sum of metric states or summaries. Vectors of another length than `size` are rejected.
 
-    def __init__(self, cohort: Iterable[str]) -> None:
+    Where `size` is None, the first client by name says how long they are.
+    """
+
+    def __init__(self, cohort: Iterable[str], size: int | None = None) -> None:
         super().__init__(cohort)
+        self._size = size
         self._sum: npt.NDArray[Any] | None = None
 
     def accumulate(self, answer: MetricSums | Summary) -> None:
-        """Adds one vector; refuses one of another length or kind than the first client's by name."""
-        if self._sum is None:
+        """Adds one vector; refuses one of another length or kind than expected."""
+        expected = len(answer.vector) if self._size is None else self._size
+        if self._sum is None and len(answer.vector) == expected:
             self._sum = np.zeros_like(answer.vector)
-        if (answer.vector.shape, answer.vector.dtype) != (self._sum.shape, self._sum.dtype):
-            raise Refused(Reason.SHAPE, f"expected sums shaped {self._sum.shape}, got {answer.vector.shape}")
+        if self._sum is None or (answer.vector.shape, answer.vector.dtype) != (self._sum.shape, self._sum.dtype):
+            raise Refused(Reason.SHAPE, f"expected {expected} sums, got {len(answer.vector)} {answer.vector.dtype}")
         self._sum += answer.vector
 
     def result(self) -> Total | None:

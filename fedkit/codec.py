@@ -70,6 +70,8 @@ class Header:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PayloadError(f"not a header: {type(error).__name__}") from None
         header = cls(Manifest.from_json(manifest), payload_bytes, digest)
+        if header.to_bytes() != raw:
+            raise PayloadError("not a header: other bytes than those that are written")
         if header.payload_bytes > limits.payload_bytes:
             raise PayloadError(f"{header.payload_bytes} bytes are announced, at most {limits.payload_bytes} are taken")
         return header
@@ -79,8 +81,13 @@ def encode(weights: Weights) -> tuple[Header, Iterator[memoryview]]:
     """The header, and the payload in chunks of `CHUNK_BYTES` that are views of the vector, not copies."""
     vector = weights.vector if _LITTLE else weights.vector.astype("<f4")
     payload = vector.view(np.uint8).data
-    header = Header(weights.manifest, len(payload), blake3(payload).hexdigest())
+    header = Header(weights.manifest, len(payload), _digest(weights.manifest).update(payload).hexdigest())
     return header, (payload[start : start + CHUNK_BYTES] for start in range(0, len(payload), CHUNK_BYTES))
+
+
+def _digest(manifest: Manifest) -> blake3:
+    """The beginning of a payload's digest, which covers the manifest too: it is the digest of the weights."""
+    return blake3(manifest.digest.encode())
 
 
 class Decoder:
@@ -95,7 +102,7 @@ class Decoder:
             raise PayloadError("the payload is announced for another model than the one expected")
         self.header = header
         self._received = bytearray()
-        self._hash = blake3()
+        self._hash = _digest(header.manifest)
 
     @property
     def offset(self) -> int:
@@ -104,6 +111,7 @@ class Decoder:
 
     def feed(self, offset: int, chunk: bytes | memoryview) -> None:
         """Takes one chunk that begins at `offset`."""
+        chunk = memoryview(chunk).cast("B")
         if offset != self.offset:
             raise PayloadError(f"the next chunk begins at byte {self.offset}, got one at {offset}")
         if self.offset + len(chunk) > self.header.payload_bytes:
@@ -135,6 +143,8 @@ def load(path: Path | str, limits: Limits = Limits()) -> Weights:
         size = int.from_bytes(file.read(4), "little")
         if size > limits.header_bytes:
             raise PayloadError(f"the header has {size} bytes, at most {limits.header_bytes} are taken")
+        if size > os.fstat(file.fileno()).st_size:
+            raise PayloadError(f"the header is announced with {size} bytes, which is more than the file has")
         decoder = Decoder(Header.from_bytes(file.read(size), limits))
         while chunk := file.read(CHUNK_BYTES):
             decoder.feed(decoder.offset, chunk)

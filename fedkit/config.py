@@ -90,9 +90,13 @@ def explain(error: pydantic.ValidationError, cls: type, *, where: str | None = N
 
 
 def _line(problem: Any, cls: type, where: str) -> str:
-    path = [str(part) for part in problem["loc"] if str(part).isidentifier() or isinstance(part, int)]
+    is_unknown = problem["type"] in ("unexpected_keyword_argument", "extra_forbidden")
+    *above, last = problem["loc"] or [""]
+    path = [str(part) for part in above if str(part).isidentifier() or isinstance(part, int)]
+    if problem["loc"] and (is_unknown or str(last).isidentifier() or isinstance(last, int)):
+        path.append(str(last))
     field = ".".join([where, *path] if where else path)
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if is_unknown:
         return f"{field}: there is no such setting{_suggestion(path, cls)}"
     if problem["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
         return f"{field}: must be given"
@@ -103,18 +107,19 @@ def _line(problem: Any, cls: type, where: str) -> str:
 
 
 def _suggestion(path: list[str], cls: type) -> str:
+    kinds = [cls] if dataclasses.is_dataclass(cls) else []
     for part in path[:-1]:
-        cls = _nested(cls, part)
-    known = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+        named = [kind for kind in kinds if getattr(kind, "kind", None) == part]
+        kinds = named or [inner for kind in kinds for inner in _nested(kind, part)] or kinds
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     close = difflib.get_close_matches(path[-1], known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
 
 
-def _nested(cls: type, part: str) -> type:
-    """The settings class that the field `part` of `cls` holds, or `cls` where there is none."""
+def _nested(cls: type, part: str) -> list[type]:
+    """The settings classes that the field `part` of `cls` may hold."""
     hint = get_type_hints(cls).get(part)
-    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
-    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), cls)
+    return [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 
 
 class Participation(Settings):

@@ -39,36 +39,49 @@ class MetricSet:
 
     def __init__(self, task: Task, device: torch.device | None = None) -> None:
         self._task = task
+        if "loss" in task.metrics:
+            raise TaskError("metric 'loss': the mean loss has that name already")
         self.metrics = {name: _made(name, factory).to(device or "cpu") for name, factory in task.metrics.items()}
         self._loss = np.zeros(2, dtype=np.float64)
 
     def update(self, module: nn.Module, batch: Any, rows: int) -> None:
         """Adds one batch of `rows` rows."""
         loss, outputs, targets = self._task.scored(module, batch, with_outputs=bool(self.metrics))
-        self._loss += (float(loss) * rows, rows)
+        if self._task.loss is not None or self._task.step is not None:
+            self._loss += (float(loss) * rows, rows)
         for metric in self.metrics.values():
             metric.update(self._as_outputs(metric, outputs), _as_targets(metric, targets))
 
     def _as_outputs(self, metric: Any, outputs: Any) -> Any:
         """Probabilities for binary metrics of logits; torchmetrics would guess, batch by batch, which they are."""
         binary = type(metric).__name__.startswith(("Binary", "Multilabel"))
+        if type(metric).__name__.startswith("Multiclass") and isinstance(self._task.loss, nn.CrossEntropyLoss):
+            return outputs.softmax(1) if self._task.predict is None else outputs
         return outputs.sigmoid() if binary and self._task.gives_logits else outputs
 
     def sums(self) -> Sums:
         """The vector of everything added so far."""
+        for label, metric in self.metrics.items():
+            for state, fresh in metric._defaults.items():
+                if getattr(metric, state).numel() != fresh.numel():
+                    raise MetricNotSummable(f"metric {label!r}: its state {state!r} grows with use")
         parts = [state.detach().cpu().double().reshape(-1).numpy() for _, _, state in self._states()]
         return np.concatenate([self._loss, *parts])
 
+    @property
+    def size(self) -> int:
+        """The length of the vector."""
+        return 2 + sum(state.numel() for _, _, state in self._states())
+
     def compute(self, sums: Sums) -> dict[str, float]:
         """Mean loss and metrics of a sum of vectors; a metric of several values gives one entry each."""
-        expected = 2 + sum(state.numel() for _, _, state in self._states())
-        if sums.shape != (expected,):
-            raise TaskError(f"expected {expected} metric sums, got shape {sums.shape}")
+        if sums.shape != (self.size,):
+            raise TaskError(f"expected {self.size} metric sums, got shape {sums.shape}")
         self._load(sums)
         found = {"loss": float(sums[0] / sums[1]) if sums[1] else math.nan}
         for name, metric in self.metrics.items():
             metric._update_count = 1  # torchmetrics warns about a compute that no update went before
-            found |= _flat(name, metric.compute())
+            found |= _flat(name, _computed(metric))
         return found
 
     def _states(self) -> Iterator[tuple[Any, str, torch.Tensor]]:
@@ -89,9 +102,12 @@ class MetricSet:
 def _made(name: str, factory: Any) -> Any:
     import torchmetrics
 
-    metric = factory()
-    if not isinstance(metric, torchmetrics.Metric):
+    made = not isinstance(factory, torchmetrics.Metric) and callable(factory)
+    metric = factory() if made else factory
+    if not made or not isinstance(metric, torchmetrics.Metric):
         raise TaskError(f"metric {name!r}: expected a function that makes a torchmetrics.Metric, got {metric!r:.80}")
+    if any(isinstance(part, torchmetrics.Metric) for part in metric.modules() if part is not metric):
+        raise MetricNotSummable(f"metric {name!r} is made of other metrics, whose states it hides: list those instead")
     for state, reduction in metric._reductions.items():
         kind = "raw" if isinstance(metric._defaults[state], list) else _kind(reduction)
         if kind != "sum":
@@ -102,6 +118,13 @@ def _made(name: str, factory: Any) -> Any:
 
 def _kind(reduction: Any) -> str:
     return str(getattr(reduction, "__name__", "none")).removeprefix("dim_zero_")
+
+
+def _computed(metric: Any) -> Any:
+    try:
+        return metric.compute()
+    except ValueError:  # undefined for so few rows
+        return torch.tensor(math.nan)
 
 
 def _as_targets(metric: Any, targets: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ Bounded queries add whole numbers, so that the sum is exact in any order and fit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
@@ -24,6 +25,7 @@ Rows: TypeAlias = Iterable[
 ]  # (features (n, f), targets (n, ...)) batch by batch
 
 SCALE = 1 << 20  # fixed-point steps of the interval between two bounds
+_FLOAT = 1e-13  # of E[x²]: what float64 sums may lose, and less than float32 features can tell apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,13 @@ class Moments(Settings):
         for index, (low, high) in enumerate(self.bounds or []):
             if not low < high:
                 raise ValueError(f"bounds[{index}]: the lower bound {low} is not below the upper bound {high}")
+            if not math.isfinite(high - low):
+                raise ValueError(f"bounds[{index}]: the interval from {low} to {high} is not finite")
+
+    @property
+    def size(self) -> int | None:
+        """The number of sums; None without bounds, where only the data says how many features there are."""
+        return None if self.bounds is None else 1 + 2 * len(self.bounds)
 
     def answer(self, rows: Rows) -> npt.NDArray[np.int64] | npt.NDArray[np.float64]:
         """One client's sums, length 1 + 2 f."""
@@ -61,6 +70,7 @@ class Moments(Settings):
         if self.bounds is None:
             return np.concatenate([[len(features)], features.sum(axis=0), (features**2).sum(axis=0)])
         low, high = self._limits(features.shape[1])
+        _require_numbers(features)
         share = np.clip((features - low) / (high - low), 0.0, 1.0)
         first, second = np.rint(share * SCALE).sum(axis=0), np.rint(share**2 * SCALE).sum(axis=0)
         return np.concatenate([[len(features)], first, second]).astype(np.int64)
@@ -76,10 +86,10 @@ class Moments(Settings):
         examples, features = int(total[0]), (len(total) - 1) // 2
         first, second = total[1 : 1 + features] / examples, total[1 + features :] / examples
         if self.bounds is None:
-            return MomentsResult(first, np.sqrt(np.maximum(second - first**2, 0.0)), examples)
+            return MomentsResult(first, _deviation(second - first**2, _FLOAT * second), examples)
         low, high = self._limits(features)
         mean, square = first / SCALE, second / SCALE
-        std = np.sqrt(np.maximum(square - mean**2, 0.0))
+        std = _deviation(square - mean**2, 3 / 2 / SCALE)
         return MomentsResult(low + (high - low) * mean, (high - low) * std, examples)
 
 
@@ -92,12 +102,18 @@ class Histogram(Settings):
 
     def __post_init__(self) -> None:
         """Edges rise."""
-        if any(a >= b for a, b in zip(self.edges, self.edges[1:], strict=False)):
+        if not all(a < b for a, b in zip(self.edges, self.edges[1:], strict=False)):
             raise ValueError("edges must rise from the first to the last")
+
+    @property
+    def size(self) -> int:
+        """The number of bins."""
+        return len(self.edges) - 1
 
     def answer(self, rows: Rows) -> npt.NDArray[np.int64]:
         """One client's counts, length len(edges) - 1."""
         column = np.concatenate([np.asarray(features)[:, self.feature] for features, _ in rows])
+        _require_numbers(column)
         edges = np.asarray(self.edges)
         inside = np.clip(column, edges[0], np.nextafter(edges[-1], edges[0]))
         return np.histogram(inside, edges)[0].astype(np.int64)
@@ -113,9 +129,17 @@ class LabelCounts(Settings):
     kind: Literal["label_counts"] = "label_counts"
     classes: PositiveInt
 
+    @property
+    def size(self) -> int:
+        """The number of counts."""
+        return self.classes
+
     def answer(self, rows: Rows) -> npt.NDArray[np.int64]:
         """One client's counts, length `classes`."""
-        labels = np.concatenate([np.asarray(targets).reshape(-1) for _, targets in rows]).astype(np.int64)
+        given = np.concatenate([np.asarray(targets).reshape(-1) for _, targets in rows])
+        if not np.array_equal(given, np.trunc(given)):
+            raise ValueError("a label is not a whole number")
+        labels = given.astype(np.int64)
         if labels.size and not 0 <= labels.min() <= labels.max() < self.classes:
             raise ValueError(f"a label lies outside 0 .. {self.classes - 1}")
         return np.bincount(labels, minlength=self.classes).astype(np.int64)
@@ -123,6 +147,16 @@ class LabelCounts(Settings):
     def finish(self, total: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
         """The counts over all clients."""
         return total.astype(np.int64)
+
+
+def _require_numbers(values: npt.NDArray[Any]) -> None:
+    if np.isnan(values).any():
+        raise ValueError("a feature holds NaN; fill in missing values before")
+
+
+def _deviation(variance: npt.NDArray[np.float64], rounding: Any) -> npt.NDArray[np.float64]:
+    """The square root, with 0 for what rounding alone may leave of a feature that never varies."""
+    return np.sqrt(np.where(variance <= rounding, 0.0, variance))
 
 
 Query: TypeAlias = Annotated[Moments | Histogram | LabelCounts, Field(discriminator="kind")]

@@ -19,7 +19,7 @@ __all__ = ["generator", "seed_all", "seed_for", "seeded", "torch_generator"]
 
 def seed_for(seed: int, *labels: str | int) -> int:
     """A 63-bit seed that is a function of `seed` and `labels` alone."""
-    text = "\x1f".join([str(seed), *map(str, labels)])
+    text = "\x1f".join(str(part).replace("\x1f", "\x1f\x1f") for part in (seed, *labels))
     return int.from_bytes(blake3(text.encode()).digest()[:8], "little") >> 1
 
 
@@ -35,6 +35,7 @@ def torch_generator(seed: int, *labels: str | int) -> torch.Generator:
 
 def seed_all(seed: int) -> None:
     """Seeds torch, numpy and `random`, for code that draws from their global generators."""
+    seed %= 2**63
     torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a traceback a call where there is no GPU
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)

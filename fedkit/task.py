@@ -95,11 +95,13 @@ def _dataset(rows: Rows, name: str) -> Dataset[Any]:
         return rows
     if isinstance(rows, list) and all(isinstance(row, dict | tuple) for row in rows):
         return _Listed(rows)
+    if hasattr(rows, "shape"):
+        raise DataError(f"{name}: expected a tuple of columns, got one array; give (features, targets)")
     try:
         tensors = [_column(column) for column in rows]
+        lengths = {len(column) for column in tensors}
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{name}: expected a torch Dataset or a tuple of arrays: {error}") from None
-    lengths = {len(column) for column in tensors}
     if len(lengths) != 1:
         raise DataError(f"{name}: columns have different lengths: {[len(column) for column in tensors]}")
     return TensorDataset(*tensors)
@@ -262,6 +264,8 @@ class Task:
             features, targets = self.columns(batch)
             outputs = module(features)
             loss = self.loss(outputs, targets)
+        elif with_outputs and self.predict is not None:
+            loss = torch.zeros(())  # is not counted
         else:
             raise TaskError(f"{self.name}: this work needs loss or step, the task has only its own train loop")
         if with_outputs and self.predict is not None:
@@ -282,4 +286,4 @@ class Task:
 
     def scores(self) -> bool:
         """Whether clients can evaluate this task."""
-        return self.loss is not None or self.step is not None
+        return self.loss is not None or self.step is not None or bool(self.metrics and self.predict)

@@ -49,7 +49,13 @@ class Entry:
         """Refuses names, shapes and dtypes that no module has."""
         if not isinstance(self.name, str) or not 0 < len(self.name) <= MAX_NAME or not self.name.isprintable():
             raise PayloadError(f"a tensor's name must be 1 to {MAX_NAME} printable characters, got {self.name!r:.80}")
-        if len(self.shape) > 16 or not all(type(dim) is int and 0 <= dim <= MAX_ELEMENTS for dim in self.shape):
+        if "" in self.name.split("."):
+            raise PayloadError(f"a tensor's name must be words joined by single dots, got {self.name!r:.80}")
+        if (
+            type(self.shape) is not tuple
+            or len(self.shape) > 16
+            or not all(type(dim) is int and 0 <= dim <= MAX_ELEMENTS for dim in self.shape)
+        ):
             raise PayloadError(f"{self.name}: a shape is at most 16 whole numbers from 0, got {self.shape!r:.80}")
         if self.dtype not in DTYPES:
             raise PayloadError(f"{self.name}: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r:.40}")
@@ -92,6 +98,11 @@ class Manifest:
         return found
 
     @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor by name."""
+        return {entry.name: entry.shape for entry in self.entries}
+
+    @functools.cached_property
     def digest(self) -> str:
         """BLAKE3 (hex) of the canonical JSON."""
         return blake3(self.to_json().encode()).hexdigest()
@@ -114,9 +125,17 @@ class Manifest:
         """The manifest that `to_json` wrote; raises `PayloadError` for anything else."""
         try:
             rows = json.loads(text)
-            return cls(tuple(Entry(name, tuple(shape), dtype, flag) for name, shape, dtype, flag in rows))
+            manifest = cls(tuple(Entry(name, tuple(shape), dtype, flag) for name, shape, dtype, flag in rows))
         except (ValueError, TypeError, RecursionError) as error:
             raise PayloadError(f"not a manifest: {type(error).__name__}") from None
+        if manifest.to_json() != text:
+            raise PayloadError("not a manifest: other characters than those that are written")
+        return manifest
+
+    def require_shapes(self, other: Manifest, what: str) -> None:
+        """Raises `ManifestMismatch` unless both hold tensors of the same names and shapes, whatever trains them."""
+        if list(self.shapes.items()) != list(other.shapes.items()):
+            self.require(other, what)
 
     def require(self, other: Manifest, what: str = "the other model") -> None:
         """Raises `ManifestMismatch`, naming the first difference, unless both hold the same tensors."""
@@ -195,8 +214,7 @@ class Weights:
             yield entry.name, self[entry.name]
 
     def __getitem__(self, name: str) -> Vector:
-        entry = next(entry for entry in self.manifest.entries if entry.name == name)
-        return self.vector[self.manifest.slices[name]].reshape(entry.shape)
+        return self.vector[self.manifest.slices[name]].reshape(self.manifest.shapes[name])
 
     def _with(self, other: object, function: Callable[[Any, Any], Vector]) -> Weights:
         if isinstance(other, Weights):
@@ -215,6 +233,9 @@ class Weights:
     def __sub__(self, other: object) -> Weights:
         return self._with(other, np.subtract)
 
+    def __rsub__(self, other: object) -> Weights:
+        return self._with(other, lambda mine, theirs: np.subtract(theirs, mine))
+
     def __mul__(self, other: object) -> Weights:
         return self._with(other, np.multiply)
 
@@ -228,6 +249,8 @@ class Weights:
         return self.with_vector(-self.vector)
 
     def __matmul__(self, other: Weights) -> float:
+        if not isinstance(other, Weights):
+            return NotImplemented
         self.manifest.require(other.manifest)
         return float(self.vector.astype(np.float64) @ other.vector.astype(np.float64))
 
@@ -249,11 +272,16 @@ class Weights:
 class Binding:
     """The tensors of one module that travel, found once; reads and writes them as `Weights`.
 
-    `local` holds the tensors that stay: integer buffers, and what `exchange` keeps back.
+    `local` holds the tensors that stay: integer buffers, and what `exchange` keeps back. A module may assign a buffer
+    anew: reading sees the new tensor, and `restore` puts the first ones back.
     """
 
     def __init__(self, module: nn.Module, exchange: Exchange | None = None) -> None:
         travels, self.local = _split(module, exchange or _all)
+        self._slots = [(part, key, t) for part in _slots(module) for key, t in part.items() if t is not None]
+        places = {id(t): (part, key) for part, key, t in self._slots}
+        self._places = [places.get(id(t)) for t in travels.values()]
+        self._local_places = {name: places.get(id(t)) for name, t in self.local.items()}
         self._tensors = list(travels.values())
         self._views = _shared_views(self._tensors)
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
@@ -266,7 +294,21 @@ class Binding:
         """The values as they are now, copied."""
         if self._is_shared():
             return Weights(self.manifest, np.concatenate(self._views))
-        return Weights(self.manifest, _flat(tensor.detach() for tensor in self._tensors))
+        return Weights(self.manifest, _flat(tensor.detach() for tensor in self._current()))
+
+    def read_local(self) -> dict[str, torch.Tensor]:
+        """The tensors that stay, as the module holds them now."""
+        places = self._local_places.items()
+        return {name: self.local[name] if place is None else place[0][place[1]] for name, place in places}
+
+    def restore(self) -> None:
+        """Every parameter and buffer of the module is again the tensor it was at first; values stay as they are."""
+        for part, key, tensor in self._slots:
+            part[key] = tensor
+
+    def _current(self) -> list[torch.Tensor]:
+        pairs = zip(self._places, self._tensors, strict=True)
+        return [tensor if place is None else place[0][place[1]] for place, tensor in pairs]
 
     def read_change(self, received: Weights) -> Weights:
         """The values as they are now minus `received`."""
@@ -281,12 +323,13 @@ class Binding:
         """The gradients as they are now; zero where a tensor has none."""
         return Weights(
             self.manifest,
-            _flat(torch.zeros_like(t) if t.grad is None else t.grad for t in self._tensors),
+            _flat(torch.zeros_like(t) if t.grad is None else t.grad.to_dense() for t in self._tensors),
         )
 
     def write(self, weights: Weights) -> None:
         """Copies `weights` into the module; raises `ManifestMismatch` before anything is changed."""
         self.manifest.require(weights.manifest, "what was received")
+        self.restore()
         if self._is_shared():
             for view, where in zip(self._views, self.manifest.slices.values(), strict=True):
                 np.copyto(view, weights.vector[where])
@@ -296,13 +339,13 @@ class Binding:
 
     def _is_shared(self) -> bool:
         """Whether the module still keeps its values where the views look."""
-        return bool(self._views) and self._addresses == [tensor.data_ptr() for tensor in self._tensors]
+        return bool(self._views) and self._addresses == [tensor.data_ptr() for tensor in self._current()]
 
     def split(self, vector: Vector) -> list[torch.Tensor]:
         """The flat `vector` as tensors shaped and placed as the module's own, without a copy on the CPU."""
         if not self._tensors:
             return []
-        flat = torch.from_numpy(vector).to(self._tensors[0].device)
+        flat = torch.from_numpy(vector if vector.flags.writeable else vector.copy()).to(self._tensors[0].device)
         sizes = [tensor.numel() for tensor in self._tensors]
         return [part.view(t.shape) for part, t in zip(torch.split(flat, sizes), self._tensors, strict=True)]
 
@@ -316,14 +359,27 @@ def _split(module: nn.Module, exchange: Exchange) -> tuple[dict[str, torch.Tenso
     stays: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue  # a tied tensor is listed under its first name only
+        if id(tensor) in seen or not isinstance(tensor, torch.Tensor):
+            continue  # a tied tensor is listed under its first name only; extra state stays in the module
         seen.add(id(tensor))
-        if tensor.is_complex():
-            raise PayloadError(f"{name}: complex tensors cannot travel; keep real and imaginary parts as two tensors")
-        target = travels if tensor.is_floating_point() and exchange(name) else stays
+        _require_own_memory(name, tensor)
+        numbers = tensor.is_floating_point() or tensor.is_complex()
+        target = travels if numbers and exchange(name) else stays
         target[name] = tensor
+        if target is travels and tensor.is_complex():
+            raise PayloadError(f"{name}: complex tensors cannot travel; keep real and imaginary parts as two tensors")
     return travels, stays
+
+
+def _slots(module: nn.Module) -> Iterator[dict[str, Any]]:
+    for part in module.modules():
+        yield part._parameters  # noqa: SLF001
+        yield part._buffers  # noqa: SLF001
+
+
+def _require_own_memory(name: str, tensor: torch.Tensor) -> None:
+    if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise PayloadError(f"{name}: its elements share memory, so it cannot be written; register a .clone() of it")
 
 
 def _shared_views(tensors: list[torch.Tensor]) -> list[Vector]:

@@ -59,11 +59,14 @@ class GroupCall:
     Accepted clients stay accepted; each client is accepted or refused at most once.
     """
 
-    def __init__(self, cohort: Collection[str], participation: Participation, now: float = 0.0) -> None:
+    def __init__(
+        self, cohort: Collection[str], participation: Participation, now: float = 0.0, *, of: int | None = None
+    ) -> None:
         if not cohort or len(set(cohort)) != len(cohort):
             raise ConfigError(f"a cohort is one or more different clients, got {sorted(cohort)}")
         self.cohort = tuple(sorted(cohort))
-        wanted = max(int(len(self.cohort) / participation.over_select + 1e-9), 1)
+        share = int(participation.fraction * (of or 0) + 1e-9)  # of all clients, where the cohort could hold no more
+        wanted = max(int(len(self.cohort) / participation.over_select + 1e-9), min(share, len(self.cohort)), 1)
         self.quorum = participation.quorum or math.ceil(wanted / 2)
         self.wanted = max(wanted, self.quorum)
         self.deadline = math.inf if participation.deadline_s is None else now + participation.deadline_s
@@ -93,8 +96,9 @@ class GroupCall:
         reason = self._why_not(client, now)
         if reason is not None:
             self.refusals.append(Refusal(client, reason))
+            self._waiting.discard(client)
             return self.tick(now)
-        if norm > self.max_update_norm:
+        if not norm <= self.max_update_norm:
             return self.refused(client, Reason.NORM, now, f"norm {norm:.4g} is above {self.max_update_norm:.4g}")
         self._waiting.discard(client)
         self.accepted.append(client)

@@ -126,11 +126,11 @@ class _Run(JournaledFederation):
         init = self._plan.init
         if init is None:
             return fresh
-        fresh.manifest.require(init.manifest, "init")
-        kept = {name: slice_ for name, slice_ in fresh.manifest.slices.items() if name.startswith("prepare.")}
+        fresh.manifest.require_shapes(init.manifest, "init")
         vector = init.vector.copy()
-        for where in kept.values():
-            vector[where] = fresh.vector[where]
+        for name, where in fresh.manifest.slices.items():
+            if self._plan.task.prepare is not None and name.startswith("prepare."):
+                vector[where] = fresh.vector[where]
         return fresh.with_vector(vector)
 
     async def attempt(self) -> bool:
@@ -181,7 +181,7 @@ class _Run(JournaledFederation):
             assert isinstance(answer, MetricSums)  # inspected against the assignment
             single[client] = answer
 
-        total = await self.sums(cohort, model, work, each=keep)
+        total = await self.sums(cohort, model, work, self._metrics.size, each=keep)
         if total is None:
             return {}, {}
         each = {client: self._metrics.compute(single[client].vector) for client in total.clients}

@@ -139,7 +139,7 @@ class JournaledFederation:
     ) -> AsyncIterator[tuple[str, Update]]:
         """Single updates as (client, update), as they come; raises `RoundAbandoned` below the quorum."""
         question = self._ask(work, "update", Parcel(model, _vectors(send)), cohort)
-        call = GroupCall(question.cohort, self.identity.participation, self.transport.now())
+        call = GroupCall(question.cohort, self.identity.participation, self.transport.now(), of=len(self.clients))
         async with self.now.replay.call(question.key, question.label) as entry:
             async for client, update in self._singly(question, call, is_over=entry is not None):
                 self.now.contributed([client], update.examples, update.loss)
@@ -163,19 +163,19 @@ class JournaledFederation:
         return answer.weights
 
     async def sums(
-        self, cohort: Collection[str], model: Weights, work: Evaluate, each: Each | None = None
+        self, cohort: Collection[str], model: Weights, work: Evaluate, size: int, each: Each | None = None
     ) -> Total | None:
-        """The metric sums of all who have data for it; `each` sees single answers, where sites release them."""
+        """The `size` metric sums of all who have data; `each` sees single answers, where sites release them."""
         if not cohort:
             return None
-        fold = SumFold(cohort)
+        fold = SumFold(cohort, size)
         rule = Participation(quorum=1, deadline_s=self.identity.participation.deadline_s)
         await self._group(self._ask(work, "sums", Parcel(model), cohort), fold, rule, each=each, optional=True)
         return fold.result()
 
     async def summarize(self, cohort: Collection[str], query: Query) -> Any:
         """The answer to a query about the cohort's training data; raises `RoundAbandoned` below the quorum."""
-        fold = SumFold(cohort)
+        fold = SumFold(cohort, query.size)
         question = self._ask(Summarize(query=query), "sums", Parcel(_NO_MODEL), cohort)
         await self._group(question, fold, self.identity.participation)
         total = fold.result()
@@ -279,7 +279,7 @@ class JournaledFederation:
     def _call(self, question: _Question, rule: Participation, entry: Entry | None) -> GroupCall | None:
         """A new call, or on replay one to exactly those who were accepted then (None where nobody was)."""
         if entry is None:
-            return GroupCall(question.cohort, rule, self.transport.now())
+            return GroupCall(question.cohort, rule, self.transport.now(), of=len(self.clients))
         names = [client for client, _ in entry.accepted]
         return GroupCall(names, Participation(quorum=len(names)), self.transport.now()) if names else None
 

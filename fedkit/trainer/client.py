@@ -62,7 +62,7 @@ class MemoryStore:
         """Stores an answer with the state it leaves."""
         if self._keeps_answers:
             self._answers[assignment_id] = answer
-        if state or self._pending:
+        if state is not self.state():
             self._pending.append((assignment_id, state))
 
     def settle(self, accepted: list[str], dropped: list[str]) -> None:

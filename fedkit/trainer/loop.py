@@ -65,7 +65,7 @@ class Loop:
             loss.backward()  # type: ignore[no-untyped-call]
             self._adjust()
             self.optimizer.step()
-            self._loss += loss.detach()
+            self._loss += loss.detach().reshape(())
             self.steps += 1
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:

@@ -39,7 +39,10 @@ def pick_device(wish: str = "auto") -> torch.device:
     if not found.get(kind):
         there = ", ".join(name for name, yes in found.items() if yes)
         raise ConfigError(f"device {wish!r} is not to be had here; there is {there}")
-    return torch.device(wish)
+    try:
+        return torch.device(wish)
+    except RuntimeError as error:
+        raise ConfigError(f"device {wish!r}: {error}") from None
 
 
 @dataclass
@@ -76,10 +79,14 @@ class Trainer:
         self._parts = list(self._module.modules())
         self._binding = Binding(self._module, task.travels)
         self._fresh = {name: tensor.detach().clone() for name, tensor in self._binding.local.items()}
+        saved = {id(tensor) for tensor in self._module.state_dict(keep_vars=True).values()}
+        passing = [buffer for buffer in self._module.buffers() if id(buffer) not in saved]
+        self._passing = [(buffer, buffer.detach().clone()) for buffer in passing]
         self.load = lru_cache(maxsize=cached_clients)(self._load)
 
     def _load(self, client: str) -> tuple[Data, Dataset[Any], Dataset[Any] | None]:
-        data = self.task.data(client)
+        with rng.seeded(rng.seed_for(self._seed, "data", client)):
+            data = self.task.data(client)
         if not isinstance(data, Data):
             raise DataError(f"{client}: data() must return fedkit.Data, got {type(data).__name__}")
         if row_count(data.train) == 0:
@@ -100,7 +107,8 @@ class Trainer:
         rng.seed_all(seed)
         if isinstance(work, Gradient):
             return self._gradient(assignment, work, seed), state
-        return self._fit(assignment, work, parcel, dict(state), seed)
+        own = {name: array.copy() for name, array in state.items()}  # a train loop may change arrays in place
+        return self._fit(assignment, work, parcel, own, seed)
 
     def _receive(self, model: Weights, state: ClientState) -> None:
         """The module holds `model` and the client's own tensors, in training mode."""
@@ -109,6 +117,9 @@ class Trainer:
             for name, tensor in self._binding.local.items():
                 kept = state.get(_LOCAL + name)
                 tensor.copy_(self._fresh[name] if kept is None else torch.from_numpy(kept))
+            for buffer, fresh in self._passing:
+                buffer.copy_(fresh)
+        self._module.zero_grad(set_to_none=True)
         if not all(part.training for part in self._parts):
             self._module.train()
 
@@ -118,9 +129,10 @@ class Trainer:
         data, rows, _ = self.load(at.client)
         count = row_count(rows)
         index = shuffled(count, fit.batch_size, epochs=fit.epochs, steps=fit.steps, seed=seed)
-        site = LocalSite(at.client, fit, self.device, state, parcel.extra)
+        received = {name: vector.copy() for name, vector in parcel.extra.items()}
+        site = LocalSite(at.client, fit, self.device, state, received)
         loss = self._train(batches(data, rows, index, self.device), site, parcel)
-        state |= {_LOCAL + name: tensor.detach().cpu().numpy().copy() for name, tensor in self._binding.local.items()}
+        state |= {_LOCAL + name: _array(tensor) for name, tensor in self._binding.read_local().items()}
         result = self._binding.read() if at.returns == "weights" else self._binding.read_change(parcel.model)
         return Update(result, count, loss, site.sent), state
 
@@ -175,3 +187,8 @@ class Trainer:
         columns = (self.task.columns(batch) for batch, _ in all_rows(data, rows, 4096, torch.device("cpu")))
         flat = ((x.reshape(len(x), -1).numpy(), y.numpy()) for x, y in columns)
         return Summary(work.query.answer(flat), row_count(rows))
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    plain = tensor.detach().cpu()
+    return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy().copy()
