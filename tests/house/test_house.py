@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -198,11 +199,47 @@ def test_the_wheel_holds_exactly_the_package(built: dict[str, Path]) -> None:
     assert {"fedkit/server/__init__.py", "fedkit/demo/data/split.json", "fedkit/py.typed"} <= names
 
 
-def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(built: dict[str, Path], tmp_path: Path) -> None:
-    site, here = tmp_path / "site", tmp_path / "empty"
-    here.mkdir()
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+def test_the_sdist_holds_what_is_needed_to_test_it(built: dict[str, Path]) -> None:
+    with tarfile.open(built["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {
+        "README.md",
+        "LICENSE",
+        "Makefile",
+        "constraints.txt",
+        "tests/conftest.py",
+        "strategies/averaging.py",
+    } <= names
+    assert {"examples/heart/main.py", "docs/quickstart.md", "bench/figures.py", "fedkit/demo/data/split.json"} <= names
+
+
+@pytest.fixture(scope="module")
+def site(built: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder)]
     subprocess.run([*install, str(built["wheel"])], check=True, capture_output=True)
+    return folder
+
+
+def test_the_installed_wheel_passes_the_unit_tests(site: Path, tmp_path: Path) -> None:
+    modules = [
+        str(ROOT / "tests" / "unit" / f"test_{name}.py") for name in ("weights", "codec", "config", "rng", "task")
+    ]
+    environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-p", "no:xdist"]
+    options = ["--rootdir", str(tmp_path), "-c", str(ROOT / "pyproject.toml"), *modules]
+    code = "import fedkit; print(fedkit.__file__)"
+    where = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert where.stdout.startswith(str(site))
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+
+
+def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
+    here = tmp_path / "empty"
+    here.mkdir()
     code = (
         "import fedkit, sys; assert fedkit.__file__.startswith(sys.argv[1]), fedkit.__file__; "
         "from fedkit.cli import app; app(['demo', '--strategy', 'FedAvg', '--json'])"
