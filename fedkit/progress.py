@@ -54,7 +54,7 @@ def describe(record: RoundRecord) -> str:
     parts = [f"{len(record.clients)} clients"]
     if record.loss is not None:
         parts.append(f"loss {record.loss:.4f}")
-    parts += [f"{name} {value:.3f}" for name, value in record.metrics.items() if name != "loss"]
+    parts += [f"{'valid loss' if name == 'loss' else name} {value:.3f}" for name, value in record.metrics.items()]
     if record.refusals:
         parts.append(f"{len(record.refusals)} refused")
     return ", ".join(parts)

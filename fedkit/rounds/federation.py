@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from fedkit.aggregation import Fold, KeepFold, Mean, MeanFold, SumFold, Total, Weighting
 from fedkit.config import Participation
-from fedkit.errors import Reason, Refused, RoundAbandoned
+from fedkit.errors import ConfigError, Reason, Refused, RoundAbandoned
 from fedkit.queries import Query
 from fedkit.rounds.assignment import Assignment, Parcel, Returns, Transport, question_digest
 from fedkit.rounds.call import GroupCall, Refusal, State
@@ -250,6 +250,10 @@ class JournaledFederation:
     # -- below -----------------------------------------------------------------------------------------------------
 
     def _ask(self, work: Work, returns: Returns, parcel: Parcel, cohort: Collection[str]) -> _Question:
+        unknown = sorted(set(cohort) - set(self.clients))
+        if unknown:
+            there = ", ".join(self.clients[:5]) + (", ..." if len(self.clients) > 5 else "")
+            raise ConfigError(f"round {self.round}: {unknown[0]!r} is not one of the round's clients ({there})")
         return _Question(self.identity, self.now, work, returns, parcel, list(cohort))
 
     async def _group(

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedkit import codec, rng
 from fedkit.config import Evaluation
-from fedkit.errors import ConfigError, Reason, RefusalWarning
+from fedkit.errors import ConfigError, Reason, RefusalWarning, RunFailed
 from fedkit.progress import shown
 from fedkit.result import Result, trained
 from fedkit.rounds.conduct import Outcome, Plan, conduct
@@ -76,6 +76,8 @@ def simulate(
                 on_round=observer,
             )
             outcome = _run(conduct(plan, transport, journal or MemoryJournal()))
+    except RunFailed as error:
+        raise error from place.failure() or error.__cause__
     finally:
         place.close()
     _warn_of_failures(outcome)

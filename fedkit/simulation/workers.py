@@ -51,6 +51,10 @@ class Workers(Protocol):
         """For each client (accepted, dropped) assignment ids of a round that is over."""
         ...
 
+    def failure(self) -> Exception | None:
+        """An error of the task's own code, with its traceback, where it happened in this process."""
+        ...
+
     def close(self) -> None:
         """Ends all work."""
         ...
@@ -86,6 +90,10 @@ class InProcess:
         for name, (accepted, dropped) in news.items():
             if name in self.clients:
                 self.clients[name].settle(accepted, dropped)
+
+    def failure(self) -> Exception | None:
+        """An error of the task's own code, with its traceback."""
+        return next((client.failure for client in self.clients.values() if client.failure is not None), None)
 
     def close(self) -> None:
         """Nothing runs on its own."""
@@ -130,6 +138,10 @@ class Processes:
             mine = {client: ids for client, ids in news.items() if self._pool(client) is pool}
             if mine:
                 pool.submit(_settle, mine)
+
+    def failure(self) -> Exception | None:
+        """None: the traceback stayed in the worker process."""
+        return None
 
     def close(self) -> None:
         """Ends the processes."""

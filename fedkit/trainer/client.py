@@ -83,12 +83,13 @@ class MemoryStore:
 class LocalClient:
     """Answers assignments: from its store where it has the answer, else by doing the work.
 
-    An error in the task's own code becomes a refusal, so that one client never ends a run.
+    An error in the task's own code becomes a refusal, so that one client never ends a run; `failure` is the last one.
     """
 
     def __init__(self, name: str, trainer: Trainer, store: ClientStore) -> None:
         self.name = name
         self.trained = 0
+        self.failure: Exception | None = None
         self._trainer = trainer
         self._store = store
 
@@ -110,6 +111,7 @@ class LocalClient:
         except (Refused, IncompatibleStrategy):
             raise
         except Exception as error:  # the task's own code runs here, and may raise anything
+            self.failure = error
             kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
             raise Refused(Reason.FAILED, f"{kind}{error}") from error
 

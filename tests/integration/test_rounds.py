@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fedkit
-from fedkit.errors import Reason, RunError, RunFailed
+from fedkit.errors import ConfigError, Reason, RunError, RunFailed
 from fedkit.strategies import CyclicWeightTransfer, FedAvg, FedBuff
 from fedkit.strategy import Federation, Strategy
 from fedkit.testing import InMemoryFederation, refuse, toy_task
@@ -203,6 +203,18 @@ def test_a_strategy_that_returns_no_usable_model_is_stopped_before_the_commit(
     with pytest.raises(RunError, match=words):
         world.run(Returns(rounds=1, local=FIT))
     assert world.journal.last().round == 0
+
+
+def test_a_cohort_may_hold_only_the_rounds_clients() -> None:
+    class Stranger(Strategy):
+        async def round(self, federation: Federation, model: Weights) -> Weights:
+            await federation.mean(["ann", "zoe"], model, self.local)
+            return model
+
+    world = InMemoryFederation(toy_task(), CLIENTS)
+    with pytest.raises(ConfigError, match=r"round 1: 'zoe' is not one of the round's clients \(ann, bob"):
+        world.run(Stranger(rounds=1, local=FIT))
+    assert world.trained == 0
 
 
 def test_site_state_of_an_abandoned_attempt_is_undone() -> None:

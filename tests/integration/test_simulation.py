@@ -14,7 +14,7 @@ from torch import nn
 
 import fedkit
 from fedkit import codec
-from fedkit.errors import ConfigError, ManifestMismatch, RunError
+from fedkit.errors import ConfigError, ManifestMismatch, RefusalWarning, RunError, RunFailed
 from fedkit.strategies import CyclicWeightTransfer, FedAvg, FedBuff, Scaffold
 from fedkit.strategy import Strategy
 from fedkit.testing import toy_task
@@ -46,6 +46,27 @@ def test_worker_processes_give_the_bits_of_one_process(strategy: Strategy) -> No
     assert alone.best == spread.best
     assert alone.test == spread.test
     assert [r.clients for r in alone.history] == [r.clients for r in spread.history]
+
+
+def test_a_run_that_fails_in_the_tasks_own_code_shows_its_traceback() -> None:
+    def broken(client: str) -> fedkit.Data:
+        raise ZeroDivisionError(f"no disk at {client}")
+
+    with pytest.raises(RunFailed, match="no disk at ann") as caught:
+        simulate(FedAvg(rounds=1, local=FIT), task=toy_task(data=broken))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert caught.value.__cause__.__traceback__ is not None
+
+
+def test_one_client_that_fails_is_a_warning() -> None:
+    def data(client: str) -> fedkit.Data:
+        if client == "bob":
+            raise ZeroDivisionError("no disk")
+        return toy_task().data(client)
+
+    with pytest.warns(RefusalWarning, match="1 clients failed .* bob: ZeroDivisionError: no disk"):
+        result = simulate(FedAvg(rounds=1, local=FIT), task=toy_task(data=data))
+    assert [refusal.client for refusal in result.refusals] == ["bob"]
 
 
 def test_a_thousand_clients_fit_in_bounded_memory() -> None:
