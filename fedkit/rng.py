@@ -19,7 +19,8 @@ __all__ = ["generator", "seed_all", "seed_for", "seeded", "torch_generator"]
 
 def seed_for(seed: int, *labels: str | int) -> int:
     """A 63-bit seed that is a function of `seed` and `labels` alone."""
-    text = "\x1f".join(str(part).replace("\x1f", "\x1f\x1f") for part in (seed, *labels))
+    parts = (str(part).replace("\x1e", "\x1e\x1e").replace("\x1f", "\x1eu") for part in (seed, *labels))
+    text = "\x1f".join(parts)
     return int.from_bytes(blake3(text.encode()).digest()[:8], "little") >> 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 import numpy as np
 from torch import nn
@@ -62,14 +63,9 @@ def run(strategy: fedkit.Strategy, journal: Journal | None = None, stop_after: i
 def interrupted(strategy: fedkit.Strategy, stop_after: int) -> fedkit.Result:
     """The same run in two halves, as after a power cut; in between, all that is left is the journal."""
     journal = MemoryJournal()
-    try:
-        return run(strategy, journal, stop_after)
-    except KeyboardInterrupt:
-        commit = journal.last()
-    assert commit is not None  # the round before the interruption was committed
-    strategy.load_state_dict(commit.state)
-    state = {name: f"{weights.norm():.3f}" for name, weights in strategy.state_dict().items()}
-    print(f"stopped after round {commit.round}; the strategy's state_dict, as norms: {state}")
+    with contextlib.suppress(KeyboardInterrupt):
+        run(strategy, journal, stop_after)
+    print(f"stopped after round {journal.history()[-1].round}")
     return run(strategy, journal)
 
 
@@ -83,12 +79,14 @@ def main() -> None:
         nesterov = FedNesterov(rounds=arguments.rounds, local=LOCAL, momentum=arguments.momentum)
     except fedkit.FedkitError as error:
         parser.error(str(error))
-    results = [run(FedAvg(rounds=arguments.rounds, local=LOCAL)), run(nesterov)]
-    for result in results:
-        print(f"{type(result.strategy).__name__:12} test accuracy {result.test['accuracy']:.3f}")
-    again = interrupted(nesterov, stop_after=arguments.rounds // 2)
-    same = "the same" if again.weights == results[1].weights else "not the same"
-    print(f"taken up again: {len(again.history)} rounds, {same} model, bit for bit")
+    plain, result = run(FedAvg(rounds=arguments.rounds, local=LOCAL)), run(nesterov)
+    print(f"FedAvg       test accuracy {plain.test['accuracy']:.3f}")
+    print(f"FedNesterov  test accuracy {result.test['accuracy']:.3f}")
+    print("its state, as norms:", {name: round(kept.norm(), 3) for name, kept in result.strategy.state_dict().items()})
+    again = interrupted(nesterov, stop_after=(arguments.rounds + 1) // 2)
+    same = again.weights == result.weights and again.strategy.state_dict() == result.strategy.state_dict()
+    found = "the same" if same else "another"
+    print(f"taken up again: {len(again.history)} rounds, {found} model and state, bit for bit")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.datasets import load_digits
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import fedkit
+from fedkit.simulation import splits
 from fedkit.strategies import FedAvg, Scaffold
 
 CLASSES = 10
@@ -31,37 +31,20 @@ def model() -> nn.Module:
     )
 
 
-def split(labels: npt.NDArray[np.int64], clients: int, alpha: float, rng: np.random.Generator) -> list[list[int]]:
-    """Equally many rows for each client, in class shares drawn from Dirichlet(alpha) (Hsu et al. 2019).
-
-    A small alpha gives each client few classes, a large one all of them.
-    """
-    pools = [rng.permutation(np.flatnonzero(labels == label)).tolist() for label in range(CLASSES)]
-    parts: list[list[int]] = []
-    for _ in range(clients):
-        shares = rng.dirichlet([alpha] * CLASSES) + 1e-12  # no share is 0, so that only an empty pool ends a class
-        part = []
-        for _ in range(len(labels) // clients):
-            open_shares = shares * [len(pool) > 0 for pool in pools]
-            part.append(pools[rng.choice(CLASSES, p=open_shares / open_shares.sum())].pop())
-        parts.append(part)
-    return parts
-
-
 def deal(alpha: float, clients: Sequence[str], seed: int) -> dict[str, fedkit.Data]:
     """Each client's rows; a fifth of all is test data, dealt out evenly, so that its pool has no skew."""
-    rng = np.random.default_rng(seed)
     pixels, labels = load_digits(return_X_y=True)
-    order = rng.permutation(len(labels))
-    images, labels = (pixels[order] / 16).astype(np.float32).reshape(-1, 1, 8, 8), labels[order]
+    order = np.random.default_rng(seed).permutation(len(labels))
+    images, labels = (pixels[order] / 16).reshape(-1, 1, 8, 8), labels[order]
     held = len(labels) // 5
-    parts = split(labels[held:], len(clients), alpha, rng)
+    train = splits.dirichlet(labels[held:], clients, alpha, seed, equal_sizes=True)
+    test = splits.iid(held, clients, seed)
     return {
         name: fedkit.Data(
-            train=(images[held:][part], labels[held:][part]),
-            test=(images[place : held : len(clients)], labels[place : held : len(clients)]),
+            train=(images[held:][train[name]], labels[held:][train[name]]),
+            test=(images[test[name]], labels[test[name]]),
         )
-        for place, (name, part) in enumerate(zip(clients, parts, strict=True))
+        for name in clients
     }
 
 
@@ -86,24 +69,30 @@ def compare(alpha: float, rounds: int, seed: int) -> tuple[float, float]:
     return fedavg["accuracy"], scaffold["accuracy"]
 
 
-def main() -> None:
+def table(alpha: float, rounds: int, seeds: int) -> None:
     """Prints one line a seed, and the mean."""
+    print(f"{len(CLIENTS)} clients, alpha {alpha:g}, {rounds} rounds: test accuracy")
+    print("seed  FedAvg  Scaffold")
+    rows = []
+    for seed in range(seeds):
+        rows.append(compare(alpha, rounds, seed))
+        print(f"{seed:4}  {rows[-1][0]:6.3f}  {rows[-1][1]:8.3f}", flush=True)
+    if len(rows) > 1:
+        fedavg, scaffold = np.mean(rows, axis=0)
+        print(f"mean  {fedavg:6.3f}  {scaffold:8.3f}")
+
+
+def main() -> None:
+    """Prints the comparison."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--alpha", type=float, default=0.1, help="label skew: 0.1 is strong, 100 is none")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to run, from 0")
     arguments = parser.parse_args()
-    if arguments.alpha <= 0 or arguments.rounds < 1 or arguments.seeds < 1:
-        parser.error("--alpha must be above 0, --rounds and --seeds 1 or more")
-    print(f"{len(CLIENTS)} clients, alpha {arguments.alpha:g}, {arguments.rounds} rounds: test accuracy")
-    print("seed  FedAvg  Scaffold")
-    rows = []
-    for seed in range(arguments.seeds):
-        rows.append(compare(arguments.alpha, arguments.rounds, seed))
-        print(f"{seed:4}  {rows[-1][0]:6.3f}  {rows[-1][1]:8.3f}", flush=True)
-    if len(rows) > 1:
-        fedavg, scaffold = np.mean(rows, axis=0)
-        print(f"mean  {fedavg:6.3f}  {scaffold:8.3f}")
+    try:
+        table(arguments.alpha, arguments.rounds, arguments.seeds)
+    except fedkit.FedkitError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

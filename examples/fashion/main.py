@@ -8,7 +8,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import fedkit
 from fedkit.errors import DataError
+from fedkit.simulation import splits
 from fedkit.strategies import FedAvg
 
 CLASSES = 10
@@ -33,8 +34,6 @@ MAX_ITEMS = 100_000
 REMEDY = "fetch the file again, unchanged, from the repository zalandoresearch/fashion-mnist"
 
 Labels: TypeAlias = npt.NDArray[np.int64]
-Rows: TypeAlias = npt.NDArray[np.intp]
-Split: TypeAlias = Callable[[Labels, int, np.random.Generator], list[Rows]]
 
 
 # -- the files ---------------------------------------------------------------------------------------------------------
@@ -107,45 +106,29 @@ def load(folder: Path, part: str) -> tuple[npt.NDArray[np.float32], Labels]:
 # -- the clients -------------------------------------------------------------------------------------------------------
 
 
-def iid(labels: Labels, clients: int, rng: np.random.Generator) -> list[Rows]:
-    """Shuffled rows in equal parts."""
-    return np.array_split(rng.permutation(len(labels)), clients)
-
-
-def shards(labels: Labels, clients: int, rng: np.random.Generator) -> list[Rows]:
-    """Rows sorted by label, two shards a client, so that most clients know two classes (McMahan et al. 2017)."""
-    cut = np.array_split(np.argsort(labels, kind="stable"), 2 * clients)
-    dealt = rng.permutation(2 * clients).reshape(clients, 2)
-    return [np.concatenate([cut[first], cut[second]]) for first, second in dealt]
-
-
-def dirichlet(alpha: float) -> Split:
-    """Each class in shares drawn from Dirichlet(alpha), so that clients differ in classes and in size."""
-
-    def split(labels: Labels, clients: int, rng: np.random.Generator) -> list[Rows]:
-        parts: list[list[Rows]] = [[] for _ in range(clients)]
-        for label in range(CLASSES):
-            rows = rng.permutation(np.flatnonzero(labels == label))
-            ends = np.cumsum(rng.dirichlet([alpha] * clients))[:-1] * len(rows)
-            for part, share in zip(parts, np.split(rows, ends.astype(int)), strict=True):
-                part.append(share)
-        return [np.concatenate(part) for part in parts]
-
-    return split
-
-
-def deal(folder: Path, split: Split, clients: int, *, rows: int, seed: int) -> dict[str, fedkit.Data]:
-    """Each client's data: the first `rows` training images by `split`, the test images in even shares."""
+def deal(folder: Path, arguments: argparse.Namespace) -> dict[str, fedkit.Data]:
+    """Each client's data: the first training images as `--split` says, the test images in equal parts."""
     images, labels = load(folder, "train")
     test_images, test_labels = load(folder, "test")
-    parts = split(labels[:rows], clients, np.random.default_rng(seed))
+    clients = [f"client-{i:02}" for i in range(arguments.clients)]
+    train = split(labels[: arguments.rows], clients, arguments)
+    test = splits.iid(len(test_labels), clients, arguments.seed)
     return {
-        f"client-{i:02}": fedkit.Data(
-            train=(images[part], labels[part]),
-            test=(test_images[i::clients], test_labels[i::clients]),
+        name: fedkit.Data(
+            train=(images[train[name]], labels[train[name]]),
+            test=(test_images[test[name]], test_labels[test[name]]),
         )
-        for i, part in enumerate(parts)
+        for name in clients
     }
+
+
+def split(labels: Labels, clients: list[str], arguments: argparse.Namespace) -> dict[str, Labels]:
+    """The row numbers of each client."""
+    if arguments.split == "iid":
+        return splits.iid(len(labels), clients, arguments.seed)
+    if arguments.split == "shards":
+        return splits.shards(labels, clients, seed=arguments.seed)
+    return splits.dirichlet(labels, clients, arguments.alpha, arguments.seed)
 
 
 # -- the task ----------------------------------------------------------------------------------------------------------
@@ -177,7 +160,7 @@ def task(data: Mapping[str, fedkit.Data]) -> fedkit.Task:
 
 
 def parse() -> argparse.Namespace:
-    """The command line; ends the program where it makes no sense."""
+    """The command line; ends the program where no folder is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=os.environ.get("FEDKIT_DATA"), help="folder with the four files")
     parser.add_argument("--split", choices=["iid", "dirichlet", "shards"], default="dirichlet")
@@ -189,18 +172,14 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.data is None:
         parser.error("give --data DIR, or set FEDKIT_DATA, to the folder with the four Fashion-MNIST .gz files")
-    if arguments.alpha <= 0 or not 0 < arguments.clients <= arguments.rows:
-        parser.error("--alpha must be above 0, and --clients from 1 to --rows")
     return arguments
 
 
 def main() -> None:
     """Prints what each client holds, then the accuracy on the test images after training."""
     arguments = parse()
-    split = {"iid": iid, "shards": shards, "dirichlet": dirichlet(arguments.alpha)}[arguments.split]
     try:
-        folder = find(Path(arguments.data))
-        data = deal(folder, split, arguments.clients, rows=arguments.rows, seed=arguments.seed)
+        data = deal(find(Path(arguments.data)), arguments)
         for name, held in data.items():
             counts = np.bincount([int(label) for _, label in held.train], minlength=CLASSES)
             print(f"{name}  {counts.sum():5} images, by class {counts.tolist()}")

@@ -14,7 +14,6 @@ from typing import TypeAlias
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import fedkit
@@ -28,7 +27,7 @@ LENGTH = 40
 TRAIN_SHARE = 0.8
 PASSAGES = Path(__file__).with_name("passages.json")
 
-Batch: TypeAlias = Mapping[str, torch.Tensor]
+Batch: TypeAlias = dict[str, torch.Tensor]  # and so is a row: a batch has the rows' tensors stacked
 
 
 # -- the texts ---------------------------------------------------------------------------------------------------------
@@ -70,18 +69,11 @@ def long_enough(roles: Mapping[str, str], path: Path) -> dict[str, str]:
     return kept
 
 
-class Sequences(Dataset[dict[str, torch.Tensor]]):
+def sequences(text: str) -> list[Batch]:
     """Non-overlapping sequences of a text, each with the characters that follow."""
-
-    def __init__(self, text: str) -> None:
-        self.codes = torch.tensor([code if (code := ALPHABET.find(letter)) >= 0 else UNKNOWN for letter in text])
-
-    def __len__(self) -> int:
-        return (len(self.codes) - 1) // LENGTH
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        start = index * LENGTH
-        return {"text": self.codes[start : start + LENGTH], "next": self.codes[start + 1 : start + 1 + LENGTH]}
+    codes = torch.tensor([code if (code := ALPHABET.find(letter)) >= 0 else UNKNOWN for letter in text])
+    starts = range(0, len(codes) - LENGTH, LENGTH)
+    return [{"text": codes[at : at + LENGTH], "next": codes[at + 1 : at + 1 + LENGTH]} for at in starts]
 
 
 # -- the task ----------------------------------------------------------------------------------------------------------
@@ -102,7 +94,7 @@ class NextCharacter(nn.Module):
 
 
 def step(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The mean loss of a batch, which is whatever the data set's rows make."""
+    """The mean loss of a batch."""
     return functional.cross_entropy(model(batch["text"]).flatten(0, 1), batch["next"].flatten())
 
 
@@ -116,7 +108,7 @@ def task(roles: Mapping[str, str]) -> fedkit.Task:
 
     def load(role: str) -> fedkit.Data:
         cut = int(len(roles[role]) * TRAIN_SHARE)
-        return fedkit.Data(train=Sequences(roles[role][:cut]), test=Sequences(roles[role][cut:]))
+        return fedkit.Data(train=sequences(roles[role][:cut]), test=sequences(roles[role][cut:]))
 
     return fedkit.Task(
         name="shakespeare",

@@ -46,8 +46,7 @@ def read(path: Path) -> fedkit.Data:
         raise DataError(f"{path}: not a readable CSV file: {error}") from None
     if len(rows) < TEST_EVERY:
         raise DataError(f"{path}: {len(rows)} rows, at least {TEST_EVERY} are needed to train and test")
-    features = np.array([features for features, _ in rows], dtype=np.float32)
-    labels = np.array([label for _, label in rows], dtype=np.float32)
+    features, labels = (np.array(column) for column in zip(*rows, strict=True))
     tests = np.arange(len(rows)) % TEST_EVERY == 0
     return fedkit.Data(train=(features[~tests], labels[~tests]), test=(features[tests], labels[tests]))
 
@@ -83,19 +82,15 @@ def one_of(text: str, values: list[str], where: str) -> list[float]:
 
 
 def task(folder: Path) -> fedkit.Task:
-    """Who will default? Each client reads its own file of `folder`.
-
-    The model gives probabilities: torchmetrics takes numbers that all lie in 0 to 1 for probabilities, batch by batch,
-    so the logits of a small client could be read in two ways.
-    """
+    """Who will default? Each client reads its own file of `folder`; the model gives the logit of the risk."""
     return fedkit.Task(
         name="loans",
-        model=lambda: nn.Sequential(nn.Linear(len(BOUNDS), 1), nn.Sigmoid(), nn.Flatten(start_dim=0)),
+        model=lambda: nn.Sequential(nn.Linear(len(BOUNDS), 1), nn.Flatten(start_dim=0)),
         data=lambda client: read(folder / f"{client}.csv"),
-        loss=nn.BCELoss(),
+        loss=nn.BCEWithLogitsLoss(),
         metrics={"auroc": lambda: BinaryAUROC(thresholds=200), "accuracy": BinaryAccuracy},
         inputs={"features": fedkit.Tensor("float32", (len(BOUNDS),))},
-        outputs=["risk"],
+        outputs=["logit"],
         prepare=fedkit.Standardize(bounds=BOUNDS),
     )
 

@@ -101,7 +101,7 @@ class Journal(Protocol):
         ...
 
     def history(self) -> list[RoundRecord]:
-        """The records of all commits, in order."""
+        """The records of all commits in order, the preparation (round 0) included."""
         ...
 
     def abandoned(self) -> list[RoundRecord]:
@@ -158,7 +158,7 @@ class MemoryJournal:
         return self._best
 
     def history(self) -> list[RoundRecord]:
-        """The records of all commits, in order."""
+        """The records of all commits in order, the preparation (round 0) included."""
         return list(self._history)
 
     def abandoned(self) -> list[RoundRecord]:

@@ -21,6 +21,7 @@ from fedkit.progress import shown
 from fedkit.result import Result, trained
 from fedkit.rounds.conduct import Outcome, Plan, conduct
 from fedkit.rounds.journal import Journal, MemoryJournal, RoundRecord
+from fedkit.simulation.splits import client_names
 from fedkit.simulation.transport import Latency, SimulatedTransport
 from fedkit.simulation.workers import InProcess, Processes, Setting, Workers
 from fedkit.strategy import Strategy
@@ -59,7 +60,7 @@ def simulate(
     Raises `ConfigError`, `TaskError`, `IncompatibleStrategy` before anything is trained, `RunFailed` where a round
     stays below its quorum.
     """
-    names = _names(clients)
+    names = client_names(clients)
     plan_init = _init(init, task)
     setting = Setting(task, seed, device, evaluate is not None, threads=threads or torch.get_num_threads())
     place = _place(setting, min(workers, len(names)))
@@ -104,15 +105,6 @@ def _settled(threads: int) -> Iterator[None]:
     finally:
         gc.unfreeze()
         torch.set_num_threads(before)
-
-
-def _names(clients: Sequence[str]) -> list[str]:
-    names = sorted(clients)
-    if isinstance(clients, str) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f'clients must be one or more names, such as ["cleveland", "va"], got {clients!r:.80}')
-    if len(set(names)) != len(names):
-        raise ConfigError("clients: a name occurs twice")
-    return names
 
 
 def _init(init: Weights | nn.Module | Path | str | None, task: Task) -> Weights | None:

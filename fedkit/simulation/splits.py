@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fedkit import rng
 from fedkit.errors import ConfigError
 
-__all__ = ["dirichlet", "iid", "shards"]
+__all__ = ["client_names", "dirichlet", "iid", "shards"]
 
 Numbers: TypeAlias = npt.NDArray[np.int64]
 
@@ -29,7 +29,7 @@ def iid(count: int, clients: Sequence[str], seed: int = 0) -> dict[str, npt.NDAr
     Returns the sorted row numbers, of 0 to `count` - 1, by client name. Raises `ConfigError` for an argument that makes
     no sense, and for fewer rows than clients.
     """
-    names = _names(clients)
+    names = client_names(clients)
     _require_whole("count", count, least=1)
     _require_rows("count", count, len(names), f"{len(names)} clients")
     order = _generator(seed, "iid").permutation(count)
@@ -53,7 +53,7 @@ def dirichlet(
 
     Raises `ConfigError` for an argument that makes no sense, and for fewer rows than clients.
     """
-    names, classes = _names(clients), _classes(labels)
+    names, classes = client_names(clients), _classes(labels)
     _require_alpha(alpha)
     _require_rows("labels", len(classes), len(names), f"{len(names)} clients")
     draw = _generator(seed, "dirichlet", "equal sizes" if equal_sizes else "any sizes")
@@ -79,7 +79,7 @@ def shards(
 
     Raises `ConfigError` for an argument that makes no sense, and for fewer rows than shards.
     """
-    names, classes = _names(clients), _classes(labels)
+    names, classes = client_names(clients), _classes(labels)
     _require_whole("per_client", per_client, least=1)
     count = len(names) * per_client
     _require_rows("labels", len(classes), count, f"{count} shards ({len(names)} clients, per_client={per_client})")
@@ -135,7 +135,8 @@ def _generator(seed: int, *labels: str) -> np.random.Generator:
     return rng.generator(seed, "split", *labels)
 
 
-def _names(clients: object) -> list[str]:
+def client_names(clients: object) -> list[str]:
+    """The names sorted; raises `ConfigError` unless they are one or more different ones."""
     names = list(clients) if isinstance(clients, Iterable) and not isinstance(clients, str) else []
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f'clients must be one or more names, such as ["cleveland", "va"], got {clients!r:.80}')

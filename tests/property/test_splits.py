@@ -172,6 +172,12 @@ def test_shards_leave_file_order_behind_within_a_class():
     assert 10 < np.sum(split["a"] < 50) < 40
 
 
+def test_which_shards_a_client_gets_is_drawn():
+    labels = np.arange(100) % 10
+    hands = {tuple(np.unique(labels[splits.shards(labels, named(5), seed=seed)["c000"]])) for seed in range(50)}
+    assert len(hands) > 20
+
+
 # -- bad arguments -----------------------------------------------------------------------------------------------------
 
 
