@@ -28,7 +28,7 @@ check: $(VENV)/dev
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10
+	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=91 --durations=10
 
 $(VENV)-pfl/ready: Makefile
 	$(PYTHON) -m venv $(VENV)-pfl

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fedkit.config import Evaluation, Participation, Settings
 from fedkit.errors import FedkitError
 from fedkit.queries import Histogram, LabelCounts, Moments
-from fedkit.result import Result
-from fedkit.rounds.journal import RoundRecord
-from fedkit.simulation import simulate
 from fedkit.strategy import Federation, Strategy
 from fedkit.task import Data, Site, Standardize, Task, Tensor
 from fedkit.weights import Manifest, Weights
 from fedkit.work import Evaluate, Fit, Gradient, Summarize
+
+if TYPE_CHECKING:
+    from fedkit.result import Result
+    from fedkit.rounds.journal import RoundRecord
+    from fedkit.simulation import simulate
 
 __version__ = "0.1.0"
 
@@ -40,3 +45,12 @@ __all__ = [
     "Weights",
     "simulate",
 ]
+
+# What runs things is loaded when it is first used, so that describing a task or a strategy stays quick.
+_LATER = {"Result": "fedkit.result", "RoundRecord": "fedkit.rounds.journal", "simulate": "fedkit.simulation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'fedkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

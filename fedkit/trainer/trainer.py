@@ -85,8 +85,8 @@ class Trainer:
         self.load = lru_cache(maxsize=cached_clients)(self._load)
 
     def _load(self, client: str) -> tuple[Data, Dataset[Any], Dataset[Any] | None]:
-        with rng.seeded(rng.seed_for(self._seed, "data", client)):
-            data = self.task.data(client)
+        rng.seed_all(rng.seed_for(self._seed, "data", client))
+        data = self.task.data(client)
         if not isinstance(data, Data):
             raise DataError(f"{client}: data() must return fedkit.Data, got {type(data).__name__}")
         if row_count(data.train) == 0:
@@ -104,6 +104,7 @@ class Trainer:
         if isinstance(work, Evaluate):
             return self._evaluate(assignment.client, work), state
         seed = rng.seed_for(assignment.seed, assignment.round, assignment.client)
+        self.load(assignment.client)  # before the seed is set, so that training does not depend on what is cached
         rng.seed_all(seed)
         if isinstance(work, Gradient):
             return self._gradient(assignment, work, seed), state
