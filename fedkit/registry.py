@@ -16,7 +16,7 @@ from fedkit.errors import ConfigError
 from fedkit.strategy import Strategy
 from fedkit.task import Task
 
-__all__ = ["find_strategy", "find_task", "import_task", "strategies"]
+__all__ = ["choose_task", "find_strategy", "find_task", "import_task", "strategies"]
 
 
 def strategies() -> list[str]:
@@ -35,6 +35,15 @@ def find_strategy(name: str) -> type[Strategy]:
 def find_task(name: str) -> Task:
     """The task registered under `name`; raises `ConfigError`, naming the nearest."""
     return _as_task(_load("fedkit.tasks", name), name)
+
+
+def choose_task(path: str | None, name: str | None) -> Task:
+    """The task a person typed as `module:attr`, else the registered one; raises `ConfigError`."""
+    if path is not None:
+        return import_task(path)
+    if name is None:
+        raise ConfigError("run.task: name a registered task, or give --task module:attr")
+    return find_task(name)
 
 
 def import_task(path: str) -> Task:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from fedkit import codec, deploy
-from fedkit.cli.main import choose_task
 from fedkit.errors import ConfigError
+from fedkit.registry import choose_task
 
 __all__ = ["exported"]
 

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-import fedkit
-from fedkit.errors import ConfigError, FedkitError
+from fedkit import __version__
+from fedkit.errors import FedkitError
 
 __all__ = ["app"]
 
@@ -43,7 +43,7 @@ def _edge() -> Iterator[None]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fedkit {fedkit.__version__}")
+        typer.echo(f"fedkit {__version__}")
         raise typer.Exit
 
 
@@ -112,14 +112,3 @@ def _report_export(fields: dict[str, object], as_json: bool) -> None:
         return
     show.console.print(f"{fields['path']}: {fields['size_bytes']:,} bytes, float32, dynamic batch")
     show.console.print(f"ONNX Runtime and PyTorch differ by {fields['difference']:.1e} (relative)", highlight=False)
-
-
-def choose_task(path: str | None, name: str | None) -> fedkit.Task:
-    """The task that was typed, or the registered one; raises `ConfigError`."""
-    from fedkit import registry
-
-    if path is not None:
-        return registry.import_task(path)
-    if name is None:
-        raise ConfigError("run.task: name a registered task, or give --task module:attr")
-    return registry.find_task(name)

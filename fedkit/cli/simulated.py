@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedkit.cli import show
-from fedkit.cli.main import choose_task
 from fedkit.errors import ConfigError
+from fedkit.registry import choose_task
 from fedkit.result import Result
 from fedkit.rounds.journal import RoundRecord
 from fedkit.runfile import RunFile, read
