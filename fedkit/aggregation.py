@@ -142,7 +142,9 @@ class MeanFold(Fold[Update]):
         if kind not in self._parts and len(self._parts) == _MAX_KINDS:
             self.rejected[client] = Refused(Reason.SHAPE, f"no other client sent the extra vectors {sizes}")
             return
-        part = self._parts.setdefault(kind, _Part(self._manifest.size, sizes))
+        if kind not in self._parts:
+            self._parts[kind] = _Part(self._manifest.size, sizes)
+        part = self._parts[kind]
         part.add(client, answer, answer.examples if self._weighting == "examples" else 1, self._scratch)
 
     def close(self) -> None:

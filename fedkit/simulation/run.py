@@ -62,6 +62,7 @@ def simulate(
     """
     names = client_names(clients)
     plan_init = _init(init, task)
+    _require_counts(workers=workers, threads=1 if threads is None else threads)
     setting = Setting(task, seed, device, evaluate is not None, threads=threads or torch.get_num_threads())
     place = _place(setting, min(workers, len(names)))
     transport = SimulatedTransport(names, place, seed=seed, latency=latency)
@@ -115,9 +116,13 @@ def _init(init: Weights | nn.Module | Path | str | None, task: Task) -> Weights 
     return codec.load(init)
 
 
+def _require_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} must be 1 or more, got {count}")
+
+
 def _place(setting: Setting, workers: int) -> Workers:
-    if workers < 1:
-        raise ConfigError(f"workers must be 1 or more, got {workers}")
     return InProcess(setting) if workers == 1 else Processes(setting, workers)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 from fedkit import rng
@@ -71,10 +72,9 @@ class SimulatedTransport:
 
     async def sleep_until(self, deadline: float) -> None:
         """Returns when every answer due before `deadline` has been given."""
-        turn = self._queue(deadline)
-        turn.ready = True
-        self._look()
-        await turn.given
+        with self._turn(deadline) as turn:
+            self._is_ready(turn)
+            await turn.given
 
     async def perform(self, assignment: Assignment, parcel: Parcel, *, race: bool) -> Answer:
         """The client's answer, when its virtual time has come; raises `Refused`."""
@@ -87,27 +87,22 @@ class SimulatedTransport:
         due = self._due.setdefault(assignment.id, self._clock + self._seconds(assignment, race))
         if math.isinf(due):
             raise Refused(Reason.LOST, f"{assignment.client} went away")
-        turn = self._queue(due)
-        async with self._places:
-            outcome = await self._worked_out(turn, assignment, parcel)
-            if not race:  # as above
-                await turn.given
-        await turn.given
+        with self._turn(due) as turn:
+            async with self._places:
+                outcome = await self._worked_out(assignment, parcel)
+                self._is_ready(turn)
+                if not race:  # as above
+                    await turn.given
+            await turn.given
         if isinstance(outcome, Refused):
             raise outcome
         return outcome
 
-    async def _worked_out(self, turn: _Turn, assignment: Assignment, parcel: Parcel) -> Answer | Refused:
+    async def _worked_out(self, assignment: Assignment, parcel: Parcel) -> Answer | Refused:
         try:
             return await self._workers.perform(assignment, parcel)
         except Refused as refused:
             return refused
-        except BaseException:  # nobody waits for this turn any more
-            turn.given.cancel()
-            raise
-        finally:
-            turn.ready = True
-            self._look()
 
     def _seconds(self, assignment: Assignment, race: bool) -> float:
         if self._latency is not None:
@@ -116,10 +111,20 @@ class SimulatedTransport:
             return 0.0
         return float(rng.generator(self._seed, "speed", assignment.client).lognormal())
 
-    def _queue(self, due: float) -> _Turn:
+    @contextlib.contextmanager
+    def _turn(self, due: float) -> Iterator[_Turn]:
+        """A place in the order of answers; whoever leaves without having had it stands in nobody's way."""
         turn = _Turn(due, next(self._order))
         heapq.heappush(self._turns, turn)
-        return turn
+        try:
+            yield turn
+        finally:
+            turn.given.cancel()
+            self._look()
+
+    def _is_ready(self, turn: _Turn) -> None:
+        turn.ready = True
+        self._look()
 
     def _look(self) -> None:
         if not self._looking:
@@ -129,16 +134,19 @@ class SimulatedTransport:
     def _give(self, patience: int) -> None:
         """Gives what is due. Before time moves on, whoever waited for the last answer may ask for more."""
         self._looking = False
-        while self._turns and (self._turns[0].ready or self._turns[0].given.done()):
-            if self._turns[0].due > self._clock and patience:
+        while self._turns and (self._turns[0].given.done() or self._turns[0].ready):
+            turn = self._turns[0]
+            if turn.given.done():
+                heapq.heappop(self._turns)
+                continue
+            if turn.due > self._clock and patience:
                 self._looking = True
                 asyncio.get_running_loop().call_soon(self._give, patience - 1)
                 return
-            turn = heapq.heappop(self._turns)
+            heapq.heappop(self._turns)
             self._clock = max(self._clock, turn.due)
-            if not turn.given.done():
-                turn.given.set_result(None)
-                patience = _PATIENCE
+            turn.given.set_result(None)
+            patience = _PATIENCE
 
     def committed(self, accepted: list[str], dropped: list[str]) -> None:
         """Tells each client which of its results stand and which are undone."""

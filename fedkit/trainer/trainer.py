@@ -101,11 +101,11 @@ class Trainer:
         if isinstance(work, Summarize):
             return self._summarize(assignment.client, work), state
         self._receive(parcel.model, state)
+        seed = rng.seed_for(assignment.seed, assignment.round, assignment.client)
+        self.load(assignment.client)  # before the seed is set, so that nothing depends on what is cached
+        rng.seed_all(seed)
         if isinstance(work, Evaluate):
             return self._evaluate(assignment.client, work), state
-        seed = rng.seed_for(assignment.seed, assignment.round, assignment.client)
-        self.load(assignment.client)  # before the seed is set, so that training does not depend on what is cached
-        rng.seed_all(seed)
         if isinstance(work, Gradient):
             return self._gradient(assignment, work, seed), state
         own = {name: array.copy() for name, array in state.items()}  # a train loop may change arrays in place

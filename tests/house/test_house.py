@@ -64,7 +64,6 @@ EDGES = {
     "fedkit/simulation/workers.py": 1,
     "fedkit/deploy.py": 1,
     "fedkit/codec.py": 1,
-    "fedkit/simulation/transport.py": 1,
 }
 
 

@@ -48,6 +48,18 @@ def test_worker_processes_give_the_bits_of_one_process(strategy: Strategy) -> No
     assert [r.clients for r in alone.history] == [r.clients for r in spread.history]
 
 
+def test_calls_that_close_early_do_not_hold_up_later_rounds_of_worker_processes() -> None:
+    rule = fedkit.Participation(fraction=0.2, over_select=4)
+    strategy = FedAvg(rounds=4, local=FIT, participation=rule)
+    settings = {
+        "clients": [f"c{i:02d}" for i in range(40)],
+        "latency": lambda assignment: 1.0 + int(assignment.client[1:]),
+    }
+    alone, spread = simulate(strategy, **settings), simulate(strategy, **settings, workers=2)
+    assert alone.weights == spread.weights
+    assert [len(record.clients) for record in spread.history] == [8] * 4
+
+
 def test_a_run_that_fails_in_the_tasks_own_code_shows_its_traceback() -> None:
     def broken(client: str) -> fedkit.Data:
         raise ZeroDivisionError(f"no disk at {client}")
@@ -183,6 +195,7 @@ def test_a_warm_start_takes_weights_a_module_or_a_file(tmp_path: Path) -> None:
         ({"clients": "ann"}, "one or more names"),
         ({"clients": ["a", "a"]}, "occurs twice"),
         ({"workers": 0}, "workers must be 1 or more"),
+        ({"threads": 0}, "threads must be 1 or more"),
         ({"device": "tpu"}, "device 'tpu' is not to be had here; there is cpu"),
     ],
 )
