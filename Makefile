@@ -36,11 +36,19 @@ $(VENV)-pfl/ready: Makefile
 	$(VENV)-pfl/bin/pip install --quiet pfl==0.6.0
 	@touch $@
 
-bench: $(VENV)/dev $(VENV)-pfl/ready
-	$(BIN)/python bench/run.py --pfl $(VENV)-pfl/bin/python
+$(VENV)-peers/ready: Makefile constraints.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/pip install --quiet torch==2.13.0
+	$(VENV)-peers/bin/pip install --quiet --constraint constraints.txt flwr==1.41.0 nvflare==2.9.0
+	@touch $@
 
-figures: $(VENV)/dev $(VENV)-pfl/ready
-	$(BIN)/python bench/figures.py --pfl $(VENV)-pfl/bin/python
+PEERS := --pfl $(VENV)-pfl/bin/python --peers $(VENV)-peers/bin/python
+
+bench: $(VENV)/dev $(VENV)-pfl/ready $(VENV)-peers/ready
+	$(BIN)/python bench/run.py $(PEERS)
+
+figures: $(VENV)/dev $(VENV)-pfl/ready $(VENV)-peers/ready
+	$(BIN)/python bench/figures.py $(PEERS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-pfl $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-pfl $(VENV)-peers $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

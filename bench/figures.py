@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import runpy
 import statistics
 import sys
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 import fedkit
-from bench.run import ratios
+from bench.run import arguments, network, ratios
 from bench.table import Figure, show
 from fedkit import rng
 from fedkit.demo.compare import STRATEGIES
@@ -89,14 +88,13 @@ def _plain_loop(client: str, fit: fedkit.Fit, prepared: Weights) -> Weights:
 
 def main() -> None:
     """Measures and prints; exits with 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pfl", help="a Python that has pfl installed")
     torch.set_num_threads(1)
-    arguments = parser.parse_args()
+    given = arguments()
     good = show("Accuracy on real data", heart())
     good &= show("Equalities", equalities())
     good &= show("Label skew", scaffold())
-    sys.exit(not (good & show("Speed", ratios(arguments.pfl))))
+    good &= show("Speed", ratios(given.pfl))
+    sys.exit(not (good & show("Network", network(given.peers))))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from bench.network import coordinator_memory, first_round, network_rounds
 from bench.speed import import_time, many_clients, simulated_training
 from bench.table import Figure, show
 
@@ -22,11 +23,24 @@ def ratios(peer: str | None) -> list[Figure]:
     return figures + (many_clients(peer) if peer else [])
 
 
-def main() -> None:
-    """Measures and prints; exits with 1 where a target is missed."""
+def network(peers: str | None) -> list[Figure]:
+    """What real processes on loopback take; frameworks only where they are installed."""
+    return [*network_rounds(peers), *coordinator_memory(), first_round()]
+
+
+def arguments() -> argparse.Namespace:
+    """Where the peers are, from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pfl", help="a Python that has pfl installed")
-    sys.exit(not show("Speed", ratios(parser.parse_args().pfl)))
+    parser.add_argument("--peers", help="a Python that has flwr and nvflare installed")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures and prints; exits with 1 where a target is missed."""
+    given = arguments()
+    good = show("Speed", ratios(given.pfl))
+    sys.exit(not (good & show("Network", network(given.peers))))
 
 
 if __name__ == "__main__":

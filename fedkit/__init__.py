@@ -14,6 +14,7 @@ from fedkit.weights import Manifest, Weights
 from fedkit.work import Evaluate, Fit, Gradient, Summarize
 
 if TYPE_CHECKING:
+    from fedkit.remote import connect
     from fedkit.result import Result
     from fedkit.rounds.journal import RoundRecord
     from fedkit.simulation import simulate
@@ -43,11 +44,17 @@ __all__ = [
     "Task",
     "Tensor",
     "Weights",
+    "connect",
     "simulate",
 ]
 
 # What runs things is loaded when it is first used, so that describing a task or a strategy stays quick.
-_LATER = {"Result": "fedkit.result", "RoundRecord": "fedkit.rounds.journal", "simulate": "fedkit.simulation"}
+_LATER = {
+    "Result": "fedkit.result",
+    "RoundRecord": "fedkit.rounds.journal",
+    "connect": "fedkit.remote",
+    "simulate": "fedkit.simulation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Weighted means and sums whose bits do not depend on the order of arrival.
 
 A `Fold` adds in float64 and in the order of client names. What arrives early waits; what arrives in order is added and
-forgotten, so memory is one model in float64 plus the answers that are ahead of their turn.
+forgotten, so memory is one model in float64 plus the answers that are ahead of their turn. Updates that lie in files
+wait there, and are added block by block at the end, straight into the mean.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedkit.errors import Reason, Refused
-from fedkit.weights import Manifest, Vector, Weights
+from fedkit.weights import BLOCK, Manifest, Vector, Weights
 from fedkit.work import Answer, MetricSums, Summary, Update
 
 __all__ = ["Fold", "KeepFold", "Mean", "MeanFold", "SumFold", "Total", "Weighting"]
@@ -99,19 +100,24 @@ class Fold(Generic[A]):
 
 
 class _Part:
-    """The running sum of updates that carry the same extra vectors."""
+    """The sum of updates that carry the same extra vectors, as far as it has been added up."""
 
     def __init__(self, size: int, extra: Mapping[str, int]) -> None:
-        self.sum = np.zeros(size, dtype=np.float64)
+        self._size = size
+        self._sum: npt.NDArray[np.float64] | None = None
+        self._scratch: npt.NDArray[np.float64] | None = None
+        self._stored: list[tuple[Weights, int]] = []
         self.extra = {name: np.zeros(length, dtype=np.float64) for name, length in extra.items()}
         self.weight = 0
         self.losses = np.zeros(2, dtype=np.float64)
         self.clients: list[str] = []
         self.examples = 0
 
-    def add(self, client: str, answer: Update, weight: int, scratch: npt.NDArray[np.float64]) -> None:
-        np.multiply(answer.weights.vector, np.float64(weight), out=scratch)
-        self.sum += scratch
+    def add(self, client: str, answer: Update, weight: int) -> None:
+        if answer.weights.is_stored or self._stored:
+            self._stored.append((answer.weights, weight))
+        else:
+            self._add_now(answer.weights.vector, weight)
         for name, vector in answer.extra.items():
             self.extra[name] += vector * np.float64(weight)
         if answer.loss is not None:
@@ -119,6 +125,32 @@ class _Part:
         self.weight += weight
         self.clients.append(client)
         self.examples += answer.examples
+
+    def _add_now(self, vector: Vector, weight: int) -> None:
+        if self._sum is None or self._scratch is None:
+            self._sum, self._scratch = np.zeros(self._size), np.empty(self._size)
+        np.multiply(vector, np.float64(weight), out=self._scratch)
+        self._sum += self._scratch
+
+    def mean(self) -> Vector:
+        """Sum / weight, rounded once to float32; of nothing, zeros."""
+        self._scratch = None
+        out = np.empty(self._size, dtype=np.float32)
+        size = min(BLOCK, self._size)
+        total, term, read = np.empty(size), np.empty(size), np.empty(size, dtype=np.float32)
+        for start in range(0, self._size, BLOCK):
+            part = slice(0, min(BLOCK, self._size - start))
+            self._fold_block(start, total[part], term[part], read[part])
+            np.divide(total[part], self.weight or 1, out=out[start : start + BLOCK], casting="same_kind")
+        return out
+
+    def _fold_block(
+        self, start: int, total: npt.NDArray[np.float64], term: npt.NDArray[np.float64], read: Vector
+    ) -> None:
+        total[:] = 0.0 if self._sum is None else self._sum[start : start + len(total)]
+        for weights, weight in self._stored:
+            np.multiply(weights.block(start, read), np.float64(weight), out=term)
+            total += term
 
 
 class MeanFold(Fold[Update]):
@@ -131,13 +163,12 @@ class MeanFold(Fold[Update]):
         super().__init__(cohort)
         self._manifest = manifest
         self._weighting = weighting
-        self._scratch = np.empty(manifest.size, dtype=np.float64)
         self._parts: dict[tuple[tuple[str, int], ...], _Part] = {}
 
     def _fold(self, client: str, answer: Update | None) -> None:
         if answer is None:
             return
-        sizes = {name: len(vector) for name, vector in answer.extra.items()}
+        sizes = answer.sizes
         kind = tuple(sorted(sizes.items()))
         if kind not in self._parts and len(self._parts) == _MAX_KINDS:
             self.rejected[client] = Refused(Reason.SHAPE, f"no other client sent the extra vectors {sizes}")
@@ -145,7 +176,7 @@ class MeanFold(Fold[Update]):
         if kind not in self._parts:
             self._parts[kind] = _Part(self._manifest.size, sizes)
         part = self._parts[kind]
-        part.add(client, answer, answer.examples if self._weighting == "examples" else 1, self._scratch)
+        part.add(client, answer, answer.examples if self._weighting == "examples" else 1)
 
     def close(self) -> None:
         """Folds what is left, and rejects those whose extra vectors are not what most clients sent."""
@@ -164,7 +195,7 @@ class MeanFold(Fold[Update]):
         self.close()
         part = next(iter(self._parts.values()), _Part(self._manifest.size, {}))
         weight = part.weight or 1
-        update = Weights(self._manifest, (part.sum / weight).astype(np.float32))
+        update = Weights(self._manifest, part.mean())
         extra = {name: (total / weight).astype(np.float32) for name, total in part.extra.items()}
         loss = float(part.losses[0] / part.losses[1]) if part.losses[1] else None
         return Mean(update, self.examples, tuple(self.clients), loss, extra)

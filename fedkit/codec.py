@@ -6,12 +6,13 @@ held against the announced length and BLAKE3 digest as it goes by.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def save(path: Path | str, weights: Weights) -> None:
     """Writes `weights` to a file that is either complete or not there."""
     header, chunks = encode(weights)
     raw = header.to_bytes()
-    write_atomically(Path(path), b"".join([_MAGIC, struct.pack("<I", len(raw)), raw, *chunks]))
+    write_atomically(Path(path), itertools.chain([_MAGIC, struct.pack("<I", len(raw)), raw], chunks))
 
 
 def load(path: Path | str, limits: Limits = Limits()) -> Weights:
@@ -151,14 +152,14 @@ def load(path: Path | str, limits: Limits = Limits()) -> Weights:
     return decoder.finish()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` by `content`: written beside it, flushed to disk, renamed, the folder flushed."""
+def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
+    """Replaces `path` by `content`, or by its pieces in order: written beside it, flushed to disk, renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)

@@ -2,18 +2,24 @@
 
 FedkitError
 ├── ConfigError            a setting, run file or argument is wrong (also a ValueError)
+│   ├── NameTaken          there is a run of this name already
+│   └── NoSuchRun          there is no run of this name
 ├── TaskError              a task cannot be trained, evaluated or prepared as described
 │   ├── DataError          a client's data set does not fit the task
 │   └── MetricNotSummable  a metric keeps raw predictions instead of sums
 ├── ManifestMismatch       two models, or a model and a module, do not hold the same tensors
 ├── PayloadError           bytes that claim to be a model are refused
+├── StorageError           a file or database that must be durable cannot be written or read
 ├── Refused                a client, or a check on its answer, refuses one assignment
 ├── RunError
 │   ├── RoundAbandoned     a round fell below its quorum; it is tried again
 │   ├── RunFailed          a round was abandoned as often as the run allows
+│   ├── RunCancelled       an operator ended the run; its last committed model stands
 │   ├── IncompatibleStrategy     a strategy and a task or setting cannot work together
 │   ├── NonDeterministicStrategy a replay asked for something else than the journal holds
 │   └── StateError         a strategy keeps state that cannot be committed
+├── RemoteError            a coordinator answered something that makes no sense here
+│   └── Unreachable        a coordinator does not answer at all
 └── ExportError            the exported model does not do what the trained one does
 
 CastWarning (a UserWarning): parameters that are not float32 travel as float32.
@@ -33,16 +39,22 @@ __all__ = [
     "IncompatibleStrategy",
     "ManifestMismatch",
     "MetricNotSummable",
+    "NameTaken",
+    "NoSuchRun",
     "NonDeterministicStrategy",
     "PayloadError",
     "Reason",
     "RefusalWarning",
     "Refused",
+    "RemoteError",
     "RoundAbandoned",
+    "RunCancelled",
     "RunError",
     "RunFailed",
     "StateError",
+    "StorageError",
     "TaskError",
+    "Unreachable",
 ]
 
 
@@ -52,6 +64,14 @@ class FedkitError(Exception):
 
 class ConfigError(FedkitError, ValueError):
     """A setting is wrong; the message names the field and what would be right."""
+
+
+class NameTaken(ConfigError):
+    """There is a run of this name already; names are given once."""
+
+
+class NoSuchRun(ConfigError):
+    """There is no run of this name."""
 
 
 class TaskError(FedkitError):
@@ -74,6 +94,10 @@ class PayloadError(FedkitError):
     """Bytes that claim to be a model are refused before they are used."""
 
 
+class StorageError(FedkitError):
+    """What must be durable cannot be written or read; the message names the file and says what to do."""
+
+
 class Reason(enum.StrEnum):
     """Why an assignment brought no contribution; one word each, in logs and history alike."""
 
@@ -92,6 +116,8 @@ class Reason(enum.StrEnum):
     SURPLUS = "surplus"  # enough others had answered
     ABANDONED = "abandoned"  # too few could still answer, so nobody was waited for any more
     POLICY = "policy"  # the site does not allow it
+    PAYLOAD = "payload"  # the bytes are not those that were announced
+    CANCELLED = "cancelled"  # it was called off while under way
 
 
 class Refused(FedkitError):
@@ -118,6 +144,10 @@ class RunFailed(RunError):
     """A round was abandoned as often as the run allows; the last committed model stands."""
 
 
+class RunCancelled(RunError):
+    """An operator ended the run; its last committed model stands."""
+
+
 class IncompatibleStrategy(RunError):
     """A strategy and a task or setting cannot work together; the message names both sides."""
 
@@ -128,6 +158,14 @@ class NonDeterministicStrategy(RunError):
 
 class StateError(RunError):
     """A strategy keeps an attribute that cannot be committed with the round."""
+
+
+class RemoteError(FedkitError):
+    """A coordinator answered something that makes no sense here; another version, or not a coordinator at all."""
+
+
+class Unreachable(RemoteError):
+    """A coordinator does not answer; the message says what to check. A run that has begun goes on without us."""
 
 
 class ExportError(FedkitError):

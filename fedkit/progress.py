@@ -13,26 +13,48 @@ from fedkit.strategy import Strategy
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["describe", "shown"]
+__all__ = ["Watcher", "describe", "shown"]
 
 Observer: TypeAlias = Callable[[RoundRecord], None]
 
 
+class Watcher:
+    """Passes records on; `say` tells whoever looks on what the run waits for, where anybody does."""
+
+    def __init__(self, on_round: Observer | None) -> None:
+        self._on_round = on_round
+
+    def __call__(self, record: RoundRecord) -> None:
+        """One more round is committed."""
+        if self._on_round is not None:
+            self._on_round(record)
+
+    def say(self, text: str) -> None:
+        """Shows a few words until the next round."""
+
+
+class _Bar(Watcher):
+    def __init__(self, bar: Progress, strategy: Strategy, on_round: Observer | None) -> None:
+        super().__init__(on_round)
+        self._bar = bar
+        self._line = bar.add_task(type(strategy).__name__, total=strategy.rounds, said="")
+
+    def __call__(self, record: RoundRecord) -> None:
+        self._bar.update(self._line, completed=record.round, said=describe(record))
+        super().__call__(record)
+
+    def say(self, text: str) -> None:
+        self._bar.update(self._line, said=text)
+
+
 @contextlib.contextmanager
-def shown(strategy: Strategy, progress: bool | None, on_round: Observer | None) -> Iterator[Observer | None]:
-    """An observer that moves a progress bar and passes records on; None where nobody watches."""
+def shown(strategy: Strategy, progress: bool | None, on_round: Observer | None) -> Iterator[Watcher]:
+    """A watcher that moves a progress bar, where there is a terminal or `progress` is True, and passes records on."""
     if not (sys.stderr.isatty() if progress is None else progress):
-        yield on_round
+        yield Watcher(on_round)
         return
     with _bar() as bar:
-        line = bar.add_task(type(strategy).__name__, total=strategy.rounds, said="")
-
-        def observe(record: RoundRecord) -> None:
-            bar.update(line, completed=record.round, said=describe(record))
-            if on_round is not None:
-                on_round(record)
-
-        yield observe
+        yield _Bar(bar, strategy, on_round)
 
 
 def _bar() -> Progress:
@@ -44,7 +66,7 @@ def _bar() -> Progress:
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[said]}"),
+        TextColumn("{task.fields[said]}", markup=False),
     ]
     return Progress(*columns, console=Console(stderr=True))
 

@@ -16,16 +16,33 @@ from fedkit.errors import ConfigError
 from fedkit.strategy import Strategy
 from fedkit.task import Task
 
-__all__ = ["choose_task", "find_strategy", "find_task", "import_task", "strategies"]
+__all__ = ["add_strategy", "choose_task", "find_strategy", "find_task", "import_task", "strategies"]
+
+
+_added: dict[str, type[Strategy]] = {}
 
 
 def strategies() -> list[str]:
     """The registered strategies, sorted."""
-    return sorted(_registered("fedkit.strategies"))
+    return sorted({*_registered("fedkit.strategies"), *_added})
+
+
+def add_strategy(path: str) -> type[Strategy]:
+    """Registers the strategy at `module:attr` in this process, under its class's name; raises `ConfigError`.
+
+    Only for paths a person typed: never for one that came from elsewhere.
+    """
+    found = _import(path, "--strategy")
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise ConfigError(f"{path} is a {type(found).__name__}, not a subclass of fedkit.Strategy")
+    _added[found.__name__] = found
+    return found
 
 
 def find_strategy(name: str) -> type[Strategy]:
     """The strategy class registered under `name`; raises `ConfigError`, naming the nearest."""
+    if name in _added:
+        return _added[name]
     found = _load("fedkit.strategies", name)
     if not (isinstance(found, type) and issubclass(found, Strategy)):
         raise ConfigError(f"strategy {name!r} is registered, but is not a fedkit.Strategy")
@@ -51,15 +68,19 @@ def import_task(path: str) -> Task:
 
     Only for paths a person typed: never for one that came from elsewhere.
     """
+    return _as_task(_import(path, "--task"), path)
+
+
+def _import(path: str, option: str) -> Any:
     module, _, attribute = path.partition(":")
     if not module or not attribute:
-        raise ConfigError(f"--task must be module:attr, such as my_project.heart:task, got {path!r}")
+        raise ConfigError(f"{option} must be module:attr, such as my_project.heart:task, got {path!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return _as_task(getattr(importlib.import_module(module), attribute), path)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--task {path}: {error}") from error
+        raise ConfigError(f"{option} {path}: {error}") from error
 
 
 def _as_task(found: Any, name: str) -> Task:

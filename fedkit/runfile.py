@@ -17,11 +17,15 @@ __all__ = ["RunFile", "RunSection", "SimulationSection", "read"]
 
 
 class RunSection(Settings):
-    """`[run]`: what is trained. `clients` is needed where they are simulated."""
+    """`[run]`: what is trained.
+
+    A round on a network begins when `min_clients` are there (None: the strategy's quorum, else 2).
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
     task: str | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
+    min_clients: PositiveInt | None = None
 
 
 class SimulationSection(Settings):

@@ -22,7 +22,7 @@ from torch import nn
 
 from fedkit.errors import CastWarning, ManifestMismatch, PayloadError
 
-__all__ = ["Binding", "Entry", "Exchange", "Manifest", "Vector", "Weights"]
+__all__ = ["BLOCK", "Binding", "Entry", "Exchange", "Manifest", "Vector", "Weights"]
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 Exchange: TypeAlias = Callable[[str], bool]
@@ -31,6 +31,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 MAX_NAME = 512
 MAX_TENSORS = 100_000
 MAX_ELEMENTS = 1 << 36
+BLOCK = 1 << 20  # elements that are folded or measured at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,8 @@ class Weights:
 
     __slots__ = ("__dict__", "manifest", "vector")
 
+    is_stored = False  # whether the values lie in a file and are read when needed
+
     def __init__(self, manifest: Manifest, vector: npt.ArrayLike) -> None:
         self.manifest = manifest
         self.vector: Vector = np.ascontiguousarray(vector, dtype=np.float32)
@@ -194,11 +197,15 @@ class Weights:
         """BLAKE3 (hex) of the manifest's digest and the values' bytes."""
         return blake3(self.manifest.digest.encode()).update(self.vector.view(np.uint8).data).hexdigest()
 
+    def block(self, start: int, out: Vector) -> Vector:
+        """`len(out)` values from `start` on: a view, or `out` filled where they lie in a file."""
+        return self.vector[start : start + len(out)]
+
     def norm(self) -> float:
-        """The Euclidean norm, summed in float64 without a float64 copy of the whole vector."""
-        total = 0.0
-        for start in range(0, self.vector.size, 1 << 20):
-            block = self.vector[start : start + (1 << 20)].astype(np.float64)
+        """The Euclidean norm, summed in float64 block by block."""
+        total, scratch = 0.0, np.empty(min(BLOCK, self.manifest.size), dtype=np.float32)
+        for start in range(0, self.manifest.size, BLOCK):
+            block = self.block(start, scratch[: self.manifest.size - start]).astype(np.float64)
             total += float(block @ block)
         return math.sqrt(total)
 

@@ -91,9 +91,15 @@ class Update:
     extra: Mapping[str, Vector] = field(default_factory=dict)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The length of each extra vector, without reading any that lies in a file."""
+        known: Mapping[str, int] | None = getattr(self.extra, "sizes", None)
+        return dict(known) if known is not None else {name: len(vector) for name, vector in self.extra.items()}
+
+    @property
     def payload_bytes(self) -> int:
         """The size of the vectors."""
-        return self.weights.vector.nbytes + sum(vector.nbytes for vector in self.extra.values())
+        return 4 * (self.weights.manifest.size + sum(self.sizes.values()))
 
 
 @dataclass(frozen=True, slots=True)

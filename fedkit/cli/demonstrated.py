@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedkit import deploy
@@ -11,18 +14,21 @@ from fedkit.cli import show
 from fedkit.demo import compare, plot
 from fedkit.demo.compare import Row
 from fedkit.demo.heart import HOSPITALS, load, task
+from fedkit.loopback import Loopback
+from fedkit.remote import Coordinator, connect
 from fedkit.result import Result
 
 __all__ = ["demonstrated"]
 
 
-def demonstrated(names: list[str], out: Path, seed: int, as_json: bool) -> None:
+def demonstrated(names: list[str], out: Path, seed: int, *, in_process: bool, as_json: bool) -> None:
     """Trains, compares, draws and exports, showing each step unless a program reads along."""
     began = time.monotonic()
     strategies = compare.pick(names)
     if not as_json:
         _introduce()
-    results = {name: _trained(name, seed, as_json) for name in strategies}
+    with _federation(out, in_process, as_json) as coordinator:
+        results = {name: _trained(name, seed, as_json, coordinator) for name in strategies}
     with show.busy("For comparison: each hospital alone, then all rows pooled", as_json):
         rows = [compare.alone(seed), compare.pooled(seed)]
     rows += [compare.row(name, result) for name, result in results.items()]
@@ -43,12 +49,37 @@ def _introduce() -> None:
     show.console.print(f"Training rows: {sizes}. One logistic regression on 13 features.\n", highlight=False)
 
 
-def _trained(name: str, seed: int, as_json: bool) -> Result:
+@contextlib.contextmanager
+def _federation(out: Path, in_process: bool, quiet: bool) -> Iterator[Coordinator | None]:
+    """A coordinator and four agents on this machine for as long as the block runs; None `in_process`."""
+    if in_process:
+        yield None
+        return
+    folder = out / "federation"
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        with show.busy("Starting one coordinator and four agents", quiet):
+            federation = stack.enter_context(Loopback(folder, ["heart"], HOSPITALS))
+        if not quiet:
+            _present(federation)
+        federation.keep_alive(lambda name: None if quiet else show.console.print(f"{name} ended; started again"))
+        yield stack.enter_context(connect(federation.address))
+
+
+def _present(federation: Loopback) -> None:
+    ids = {name: process.pid for name, process in federation.processes.items()}
+    say = show.console.print
+    say(f"Coordinator at {federation.address}, process {ids.pop('server')}", highlight=False)
+    say(f"Agents {', '.join(f'{name} {pid}' for name, pid in ids.items())}", highlight=False)
+    say("Kill any of them (kill -9 PID): it is started again, and the run goes on where it was.\n", highlight=False)
+
+
+def _trained(name: str, seed: int, as_json: bool, coordinator: Coordinator | None) -> Result:
     strategy = compare.STRATEGIES[name]
     if as_json:
-        return compare.train(strategy, seed)
+        return compare.train(strategy, seed, None, coordinator)
     with show.rounds(name, strategy.rounds) as observe:
-        result = compare.train(strategy, seed, observe)
+        result = compare.train(strategy, seed, observe, coordinator)
     show.console.print()
     return result
 
@@ -74,6 +105,6 @@ def _conclude(rows: list[Row], picture: Path, model: deploy.Exported, first: str
     )
     say(f"Took       {seconds:.0f} s", highlight=False)
     say(
-        "\nNext: look at the curves, load the ONNX file in onnxruntime, or try fedkit demo --strategy FedSGD",
+        "\nNext: look at the curves, load the ONNX file in onnxruntime, or begin your own with fedkit server",
         highlight=False,
     )

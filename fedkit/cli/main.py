@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,28 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
+Address = Annotated[
+    str, typer.Option("--coordinator", envvar="FEDKIT_COORDINATOR", metavar="HOST:PORT", help="The coordinator.")
+]
+HERE = "127.0.0.1:8443"
+
+
+Tethered = Annotated[bool, typer.Option("--tethered", hidden=True, help="End when standard input does.")]
+
+
+class LogForm(enum.StrEnum):
+    """How a process writes its events."""
+
+    AUTO = "auto"
+    JSON = "json"
+    TEXT = "text"
+
+
+class Which(enum.StrEnum):
+    """Which model of a run."""
+
+    FINAL = "final"
+    BEST = "best"
 
 
 @contextlib.contextmanager
@@ -36,8 +59,9 @@ def _edge() -> Iterator[None]:
     except FedkitError as error:
         show.errors.print(f"fedkit: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        show.errors.print("fedkit: stopped; nothing half-written was left behind", style="yellow")
+    except KeyboardInterrupt as stop:
+        text = str(stop) or "stopped; nothing half-written was left behind"
+        show.errors.print(f"fedkit: {text}", style="yellow", markup=False, highlight=False)
         raise typer.Exit(130) from None
 
 
@@ -73,17 +97,122 @@ def simulate(
 
 
 @app.command()
+def run(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run: task, strategy.")],
+    coordinator: Address = HERE,
+    out: Annotated[Path | None, typer.Option(help="Folder for run.json and the weights.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Begin the run and return at once.")] = False,
+    task: Annotated[
+        str | None, typer.Option(help="module:attr of the task, where it is not registered on this machine.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a run file's task over the clients that attend a coordinator."""
+    from fedkit.cli import networked
+
+    with _edge():
+        networked.begin(run_file, coordinator, task, out=out, detach=detach, as_json=as_json)
+
+
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Only this run.")] = None,
+    coordinator: Address = HERE,
+    as_json: Json = False,
+) -> None:
+    """Show who attends a coordinator and how its runs stand."""
+    from fedkit.cli import networked
+
+    with _edge():
+        networked.status(run, coordinator, as_json)
+
+
+@app.command()
+def cancel(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")],
+    coordinator: Address = HERE,
+    as_json: Json = False,
+) -> None:
+    """End a run; its last committed model stands."""
+    from fedkit.cli import networked
+
+    with _edge():
+        networked.cancel(run, coordinator, as_json)
+
+
+@app.command()
+def models(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Only this run.")] = None,
+    coordinator: Address = HERE,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the run's model to this file.")] = None,
+    which: Annotated[Which, typer.Option(help="The last committed model, or that of the best round.")] = Which.FINAL,
+    as_json: Json = False,
+) -> None:
+    """List the models a coordinator keeps, or write one to a file."""
+    from fedkit.cli import networked
+
+    with _edge():
+        networked.models(run, coordinator, out, which.value, as_json)
+
+
+@app.command()
+def server(
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0: any.")] = None,
+    state: Annotated[Path | None, typer.Option(help="The folder that survives: runs, models, clients.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="module:attr of a task; may be repeated.")] = None,
+    strategy: Annotated[list[str] | None, typer.Option(help="module:attr of a strategy; may be repeated.")] = None,
+    heartbeat_s: Annotated[float | None, typer.Option(help="Seconds between heartbeats.")] = None,
+    rejoin_s: Annotated[float | None, typer.Option(help="Seconds a client that went away is waited for.")] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where Prometheus may read.")] = None,
+    log: Annotated[LogForm, typer.Option(help="How events are written to standard error.")] = LogForm.AUTO,
+    tethered: Tethered = False,
+) -> None:
+    """Run a coordinator. Killed and started again on the same folder, it goes on where it was."""
+    from fedkit.cli.serving import coordinating
+
+    given = {"listen": listen, "state": state, "heartbeat_s": heartbeat_s, "rejoin_s": rejoin_s, "metrics": metrics}
+    with _edge():
+        coordinating(task or [], strategy or [], log.value, given, tethered)
+
+
+@app.command()
+def client(
+    name: Annotated[str | None, typer.Option(help="This participant's name.")] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(envvar="FEDKIT_COORDINATOR", metavar="HOST:PORT", help="Whom to dial.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A registered task, or module:attr; may be repeated.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="These settings and more as TOML.")] = None,
+    state: Annotated[Path | None, typer.Option(help="The folder that survives: results not yet committed.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Assignments worked on at a time.")] = None,
+    log: Annotated[LogForm, typer.Option(help="How events are written to standard error.")] = LogForm.AUTO,
+    tethered: Tethered = False,
+) -> None:
+    """Run an agent: it dials a coordinator and trains on the data of this site."""
+    from fedkit.cli.serving import attending
+
+    given = {"name": name, "coordinator": coordinator, "tasks": tuple(task) if task else None, "state": state}
+    with _edge():
+        attending(config, log.value, given | {"device": device, "threads": threads, "parallel": parallel}, tethered)
+
+
+@app.command()
 def demo(
     strategy: Annotated[list[str] | None, typer.Option(help="Only these strategies; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the plot, the model and its history.")] = Path("fedkit-demo"),
     seed: Annotated[int, typer.Option(min=0, help="Equal seeds give equal models.")] = 42,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Simulate the hospitals instead of starting a coordinator and agents.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """One model across four hospitals: five strategies compared, a plot, an ONNX file."""
     from fedkit.cli.demonstrated import demonstrated
 
     with _edge():
-        demonstrated(strategy or [], out, seed, as_json)
+        demonstrated(strategy or [], out, seed, in_process=in_process, as_json=as_json)
 
 
 @app.command()

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from fedkit.demo.compare import Row
 from fedkit.demo.heart import HOSPITALS
 from fedkit.result import Result
 from fedkit.rounds.journal import RoundRecord
+from fedkit.status import ClientStatus, JobStatus, RunStatus
 
-__all__ = ["busy", "comparison", "console", "errors", "print_json", "rounds", "test_scores"]
+__all__ = [
+    "LiveRounds",
+    "busy",
+    "clients",
+    "comparison",
+    "console",
+    "errors",
+    "models",
+    "print_json",
+    "rounds",
+    "runs",
+    "test_scores",
+]
 
 console = Console()
 errors = Console(stderr=True)
@@ -34,24 +48,42 @@ def busy(what: str, quiet: bool) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if quiet else console.status(what)
 
 
-@contextlib.contextmanager
-def rounds(title: str, total: int) -> Iterator[Callable[[RoundRecord], None]]:
+class LiveRounds:
     """A table that grows with the rounds; long runs show about `_SHOWN` of them."""
-    records: list[RoundRecord] = []
-    every = max(-(-total // _SHOWN), 1)
 
-    def seen() -> list[RoundRecord]:
-        scored = [record for record in records if record.metrics]
-        return scored or [record for record in records if record.round % every == 0 or record.round == total]
+    def __init__(self, live: Live, title: str, total: int) -> None:
+        self._live = live
+        self._title = title
+        self._total = total
+        self._records: list[RoundRecord] = []
+        self._every = max(-(-total // _SHOWN), 1)
 
+    def __call__(self, record: RoundRecord) -> None:
+        """One more round is committed."""
+        self._records.append(record)
+        if record in self._seen():
+            self._draw("")
+
+    def say(self, text: str) -> None:
+        """Shows what the run waits for, until the next round."""
+        self._draw(text)
+
+    def _seen(self) -> list[RoundRecord]:
+        scored = [record for record in self._records if record.metrics]
+        last = self._total
+        return scored or [one for one in self._records if one.round % self._every == 0 or one.round == last]
+
+    def _draw(self, caption: str) -> None:
+        table = _table(self._title, self._seen()[-_SHOWN - 4 :], self._total)
+        said = [Text(caption, style="yellow", no_wrap=True, overflow="ellipsis")] if caption else []
+        self._live.update(Group(table, *said), refresh=True)
+
+
+@contextlib.contextmanager
+def rounds(title: str, total: int) -> Iterator[LiveRounds]:
+    """A table that grows with the rounds."""
     with Live(_table(title, [], total), console=console, auto_refresh=False) as live:
-
-        def observe(record: RoundRecord) -> None:
-            records.append(record)
-            if record in seen():
-                live.update(_table(title, seen()[-_SHOWN - 4 :], total), refresh=True)
-
-        yield observe
+        yield LiveRounds(live, title, total)
     if not console.is_terminal:
         console.print()  # a live table ends its last line only on a terminal
 
@@ -107,3 +139,77 @@ def comparison(rows: Sequence[Row]) -> Table:
         each = [f"{row.per_hospital[hospital]:.3f}" for hospital in HOSPITALS]
         table.add_row(row.name, f"{row.accuracy:.3f}", *each, style="bold" if row.accuracy == best else "")
     return table
+
+
+_STYLES = {
+    "ready": "green",
+    "working": "cyan",
+    "away": "yellow",
+    "left": "dim",
+    "waiting": "yellow",
+    "running": "cyan",
+    "finished": "green",
+    "failed": "red",
+    "cancelled": "dim",
+}
+_WHOLE = {"run", "state", "for", "round", "loss", "age", "model"}  # columns that keep their width
+_CUT = {"task", "strategy"}  # columns that are cut where a line is too long; the others fold
+
+
+def clients(found: Sequence[ClientStatus]) -> Table:
+    """Everybody a coordinator knows, and what each one does."""
+    refused = any(client.last_refusal for client in found)
+    table = _plain("Clients", "client", "state", "for", "tasks", "works on", *(["last refusal"] if refused else []))
+    for client in found:
+        work = ", ".join(_job(job) for job in client.jobs) or "-"
+        cells = [client.name, client.state, _lasting(client.since_s), ", ".join(client.tasks) or "-", work]
+        _add(table, cells + ([client.last_refusal or "-"] if refused else []))
+    return table
+
+
+def _job(job: JobStatus) -> str:
+    steps = f" {job.done}/{job.total}" if job.total else ""
+    where = {0: "preparation", -1: "test"}.get(job.round, f"round {job.round}")
+    return f"{job.run} {where} {job.work}{steps}"
+
+
+def runs(found: Sequence[RunStatus], now: float) -> Table:
+    """Runs, one a line; `now` is in seconds since 1970."""
+    table = _plain("Runs", "run", "state", "round", "strategy", "loss", "age")
+    for run in found:
+        loss = None if run.last is None else run.last.metrics.get("loss", run.last.loss)
+        age = _lasting(now - run.submitted_at)
+        _add(table, [run.name, run.state, f"{run.round}/{run.rounds}", run.strategy, _number(loss), age])
+    return table
+
+
+def models(found: Sequence[tuple[RunStatus, str]]) -> Table:
+    """The models that can be had, one a line."""
+    table = _plain("Models", "run", "state", "task", "strategy", "model")
+    for run, which in found:
+        _add(table, [run.name, run.state, run.task, run.strategy, which])
+    return table
+
+
+def _plain(title: str, *heads: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for head in heads:
+        table.add_column(head, no_wrap=head in _WHOLE, overflow="fold")
+    return table
+
+
+def _add(table: Table, cells: Sequence[str]) -> None:
+    """One line, of which no cell is taken for markup."""
+    found = []
+    for column, cell in zip(table.columns, cells, strict=True):
+        style = _STYLES.get(cell, "") if column.header == "state" else ""
+        is_cut = column.header in _CUT
+        found.append(Text(cell, style, no_wrap=is_cut or None, overflow="ellipsis" if is_cut else None))
+    table.add_row(*found)
+
+
+def _lasting(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from fedkit.config import Evaluation
 from fedkit.demo.heart import HOSPITALS, load, task
 from fedkit.errors import ConfigError
+from fedkit.remote import Coordinator
 from fedkit.result import Result
 from fedkit.rounds.journal import RoundRecord
 from fedkit.simulation import simulate
@@ -58,16 +59,34 @@ def pick(names: Sequence[str]) -> dict[str, Strategy]:
     return {name: strategy for name, strategy in STRATEGIES.items() if not names or name in names}
 
 
-def train(strategy: Strategy, seed: int, on_round: Callable[[RoundRecord], None] | None = None) -> Result:
-    """One strategy over the four hospitals, scored on validation rows about fifteen times on the way."""
-    every = max(strategy.rounds // 15, 1)
-    return simulate(
+def train(
+    strategy: Strategy,
+    seed: int,
+    on_round: Callable[[RoundRecord], None] | None = None,
+    coordinator: Coordinator | None = None,
+) -> Result:
+    """One strategy over the four hospitals, scored on validation rows about fifteen times on the way.
+
+    The hospitals are those that attend `coordinator`, or simulated ones; the result has the same bits.
+    """
+    evaluate = Evaluation(every=max(strategy.rounds // 15, 1), best="loss:min")
+    if coordinator is None:
+        return simulate(
+            task,
+            strategy,
+            clients=HOSPITALS,
+            seed=seed,
+            evaluate=evaluate,
+            threads=1,
+            progress=False,
+            on_round=on_round,
+        )
+    return coordinator.run(
         task,
         strategy,
-        clients=HOSPITALS,
         seed=seed,
-        evaluate=Evaluation(every=every, best="loss:min"),
-        threads=1,
+        evaluate=evaluate,
+        min_clients=len(HOSPITALS),
         progress=False,
         on_round=on_round,
     )

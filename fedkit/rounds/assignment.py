@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from blake3 import blake3
@@ -14,6 +14,8 @@ from fedkit.weights import Vector, Weights
 from fedkit.work import Answer, Work
 
 __all__ = ["Assignment", "Parcel", "Returns", "Transport", "assignment_id", "question_digest"]
+
+T = TypeVar("T")
 
 Returns: TypeAlias = Literal["update", "weights", "sums"]
 
@@ -72,6 +74,14 @@ class Transport(Protocol):
 
     def present(self) -> list[str]:
         """The clients that can be asked now."""
+        ...
+
+    async def assemble(self, least: int) -> None:
+        """Returns when `least` clients are present and nobody is missing who may be back in a moment."""
+        ...
+
+    async def aside(self, phase: Literal["fold", "commit"], work: Callable[[], T]) -> T:
+        """What `work()` returns; long work on large models must not keep others waiting."""
         ...
 
     def now(self) -> float:

@@ -31,10 +31,14 @@ def _inspect_update(answer: Update, manifest: Manifest) -> None:
         raise Refused(Reason.NO_DATA, "the update comes from no rows")
     if answer.weights.manifest is not manifest and answer.weights.manifest.digest != manifest.digest:
         raise Refused(Reason.SHAPE, "names, shapes or dtypes are not those of the model sent")
+    if answer.loss is not None and not np.isfinite(answer.loss):
+        raise Refused(Reason.NOT_FINITE, "the training loss is NaN or infinite: lower the learning rate")
+    if answer.weights.is_stored:
+        return  # its bytes were checked as they arrived
     if any(vector.dtype != np.float32 or vector.ndim != 1 for vector in answer.extra.values()):
         raise Refused(Reason.SHAPE, "an extra vector is not flat float32")
     finite = answer.weights.is_finite() and all(np.isfinite(vector).all() for vector in answer.extra.values())
-    if not finite or (answer.loss is not None and not np.isfinite(answer.loss)):
+    if not finite:
         raise Refused(Reason.NOT_FINITE, "NaN or infinity in the update: lower the learning rate or check the data")
 
 

@@ -32,7 +32,7 @@ Observer: TypeAlias = Callable[[RoundRecord], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that defines a run but its clients."""
+    """Everything that defines a run but its clients; a round begins when `min_clients` are there."""
 
     name: str
     task: Task
@@ -40,6 +40,7 @@ class Plan:
     seed: int = 0
     init: Weights | None = None
     evaluate: Evaluation | None = None
+    min_clients: int = 1
     on_round: Observer | None = None
 
 
@@ -106,7 +107,7 @@ class _Run(JournaledFederation):
         module = self._plan.task.build(self._plan.seed)
         self._strategy.check(self._plan.task, module)
         while self.journal.last() is None:
-            self.enter(0, self._next_attempt())
+            await self._assemble(0)
             try:
                 if isinstance(module, Prepared) and self._plan.task.prepare is not None:
                     moments = await self.summarize(self.clients, self._plan.task.prepare.query)
@@ -114,7 +115,14 @@ class _Run(JournaledFederation):
             except RoundAbandoned as error:
                 self._give_up(error)
                 continue
-            self._commit(self._initial(Weights.from_module(module, self._plan.task.travels)))
+            await self._commit(self._initial(Weights.from_module(module, self._plan.task.travels)))
+
+    async def _assemble(self, round: int) -> None:
+        """`round` is next, with everybody who is to be waited for; an open one goes on with those it began with."""
+        opened = self.journal.open()
+        if opened is None or opened.round != round:
+            await self.transport.assemble(self._plan.min_clients)
+        self.enter(round, self._next_attempt())
 
     def notify(self) -> None:
         """Tells clients what the last commit made durable; they may have missed it before."""
@@ -139,7 +147,7 @@ class _Run(JournaledFederation):
         if self._is_over(last):
             return True
         self._strategy.load_state_dict(last.state)
-        self.enter(last.round + 1, self._next_attempt())
+        await self._assemble(last.round + 1)
         self.resume(last.started)
         try:
             await self._strategy.run(self, last.model)
@@ -195,9 +203,11 @@ class _Run(JournaledFederation):
         rule = self._plan.evaluate
         if rule is not None and self.round % rule.every == 0:
             pooled, each = await self._score(self.clients, model, Evaluate())
-        self._commit(model, metrics=pooled, per_client=each, best=self._is_best(pooled))
+        await self._commit(model, metrics=pooled, per_client=each, best=self._is_best(pooled))
         if self._is_over(self._last()):
             raise _Finished
+        if self.round <= self._strategy.rounds:
+            await self._assemble(self.round)
         return model
 
     def _require_model(self, model: Weights) -> None:
@@ -208,13 +218,14 @@ class _Run(JournaledFederation):
         if not model.is_finite():
             raise RunError(f"round {self.round}: the new model holds NaN or infinity; round {last.round}'s stands")
 
-    def _commit(self, model: Weights, **scores: object) -> None:
+    async def _commit(self, model: Weights, **scores: object) -> None:
         left = self.now.replay.left()
         if left is not None:
             raise self.now.replay.changed(f"commit of round {self.round}")
         record = self.now.record(**scores)
         state, accepted, dropped = self._strategy.state_dict(), tuple(self.now.accepted), self.dropped()
-        self.journal.commit(Commit(self.round, model, state, record, self.airborne(), accepted, dropped))
+        commit = Commit(self.round, model, state, record, self.airborne(), accepted, dropped)
+        await self.transport.aside("commit", lambda: self.journal.commit(commit))
         self.notify()
         if self._plan.on_round is not None and self.round > 0:
             self._plan.on_round(record)
@@ -239,7 +250,7 @@ class _Run(JournaledFederation):
     async def finish(self) -> Outcome:
         """Scores the final and the best model on test data, once, and hands everything over."""
         last, best = self._last(), self.journal.best()
-        self.enter(_TEST_ROUND)
+        await self._assemble(_TEST_ROUND)
         test, each = await self._score(self.clients, last.model, Evaluate(split="test"))
         found = None
         if best is not None:

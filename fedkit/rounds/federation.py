@@ -130,7 +130,7 @@ class JournaledFederation:
         fold = MeanFold(cohort, model.manifest, weights)
         question = self._ask(work, "update", Parcel(model, _vectors(send)), cohort)
         await self._group(question, fold, self.identity.participation)
-        mean = fold.result()
+        mean = await self.transport.aside("fold", fold.result)
         self.now.contributed(mean.clients, mean.examples, mean.loss)
         return mean
 
@@ -160,7 +160,7 @@ class JournaledFederation:
         if answer is None:
             return model
         self.now.contributed([client], answer.examples, answer.loss)
-        return answer.weights
+        return model.with_vector(answer.weights.vector)
 
     async def sums(
         self, cohort: Collection[str], model: Weights, work: Evaluate, size: int, each: Each | None = None

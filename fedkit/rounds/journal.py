@@ -15,7 +15,7 @@ from fedkit.rounds.call import Refusal
 from fedkit.weights import Weights
 from fedkit.work import Answer
 
-__all__ = ["Commit", "Entry", "Journal", "MemoryJournal", "OpenRound", "RoundRecord", "Started"]
+__all__ = ["BestRound", "Commit", "Entry", "Journal", "MemoryJournal", "OpenRound", "RoundRecord", "Started"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,19 @@ class Commit:
     dropped: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class BestRound:
+    """What is kept of the round whose record says best; its model may lie in a file until its values are used."""
+
+    record: RoundRecord
+    model: Weights
+
+    @property
+    def round(self) -> int:
+        """The number of the round."""
+        return self.record.round
+
+
 class Journal(Protocol):
     """What a run writes down. Every method returns only when what it was given would survive a crash."""
 
@@ -96,8 +109,8 @@ class Journal(Protocol):
         """The last commit, or None before the first."""
         ...
 
-    def best(self) -> Commit | None:
-        """The commit whose record says best, the last of them."""
+    def best(self) -> BestRound | None:
+        """The committed round whose record says best, the last of them; asked every round, so it must cost nothing."""
         ...
 
     def history(self) -> list[RoundRecord]:
@@ -143,7 +156,7 @@ class MemoryJournal:
     def __init__(self, *, keep_answers: bool = False) -> None:
         self._keep_answers = keep_answers
         self._last: Commit | None = None
-        self._best: Commit | None = None
+        self._best: BestRound | None = None
         self._history: list[RoundRecord] = []
         self._abandoned: list[RoundRecord] = []
         self._open: OpenRound | None = None
@@ -153,8 +166,8 @@ class MemoryJournal:
         """The last commit, or None before the first."""
         return self._last
 
-    def best(self) -> Commit | None:
-        """The commit whose record says best, the last of them."""
+    def best(self) -> BestRound | None:
+        """The committed round whose record says best, the last of them."""
         return self._best
 
     def history(self) -> list[RoundRecord]:
@@ -191,7 +204,7 @@ class MemoryJournal:
         """The open round is over and stands."""
         self._opened()
         self._last = commit
-        self._best = commit if commit.record.best else self._best
+        self._best = BestRound(commit.record, commit.model) if commit.record.best else self._best
         self._history.append(commit.record)
         self._open = None
         self._answers.clear()

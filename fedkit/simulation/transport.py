@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from fedkit import rng
 from fedkit.errors import Reason, Refused
@@ -18,6 +18,8 @@ from fedkit.simulation.workers import Workers
 from fedkit.work import Answer
 
 __all__ = ["Latency", "SimulatedTransport"]
+
+T = TypeVar("T")
 
 Latency: TypeAlias = Callable[[Assignment], float]  # virtual seconds from question to answer; math.inf: never
 
@@ -65,6 +67,13 @@ class SimulatedTransport:
     def present(self) -> list[str]:
         """All clients, always."""
         return self._clients
+
+    async def assemble(self, least: int) -> None:
+        """Returns at once: who is simulated is there."""
+
+    async def aside(self, phase: Literal["fold", "commit"], work: Callable[[], T]) -> T:  # noqa: ARG002
+        """What `work()` returns, worked out here: time is virtual, so nobody waits."""
+        return work()
 
     def now(self) -> float:
         """Virtual seconds."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,11 @@ from fedkit.trainer.loop import Loop
 from fedkit.weights import Binding, Vector, Weights
 from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Summarize, Summary, Update
 
-__all__ = ["ClientState", "LocalSite", "Trainer", "pick_device"]
+__all__ = ["ClientState", "LocalSite", "Trainer", "Watch", "pick_device"]
 
+T = TypeVar("T")
+
+Watch: TypeAlias = Callable[[int, int], None]  # (batches begun, of how many; 0: unknown)
 ClientState: TypeAlias = dict[str, npt.NDArray[Any]]
 
 _LOCAL = "local/"  # tensors of the model that are not exchanged
@@ -65,14 +68,23 @@ class Trainer:
     """One module on one device that does the work of any number of clients, one after the other.
 
     `seed` is the run's; `holds_out_valid` sets a tenth of the training rows aside where a client has no validation
-    data. `cached_clients` data sets are kept loaded.
+    data. `cached_clients` data sets are kept loaded. `watch` learns of each batch before it is used, and ends the
+    work by raising.
     """
 
     def __init__(
-        self, task: Task, seed: int, *, device: str = "auto", holds_out_valid: bool = False, cached_clients: int = 64
+        self,
+        task: Task,
+        seed: int,
+        *,
+        device: str = "auto",
+        holds_out_valid: bool = False,
+        cached_clients: int = 64,
+        watch: Watch | None = None,
     ) -> None:
         self.task = task
         self.device = pick_device(device)
+        self._watch = watch
         self._seed = seed
         self._holds_out_valid = holds_out_valid
         self._module = task.build(seed).to(self.device)
@@ -132,10 +144,14 @@ class Trainer:
         index = shuffled(count, fit.batch_size, epochs=fit.epochs, steps=fit.steps, seed=seed)
         received = {name: vector.copy() for name, vector in parcel.extra.items()}
         site = LocalSite(at.client, fit, self.device, state, received)
-        loss = self._train(batches(data, rows, index, self.device), site, parcel)
+        stream = self._watched(batches(data, rows, index, self.device), _steps(fit, count))
+        loss = self._train(stream, site, parcel)
         state |= {_LOCAL + name: _array(tensor) for name, tensor in self._binding.read_local().items()}
         result = self._binding.read() if at.returns == "weights" else self._binding.read_change(parcel.model)
         return Update(result, count, loss, site.sent), state
+
+    def _watched(self, stream: Iterator[T], total: int = 0) -> Iterator[T]:
+        return stream if self._watch is None else _watched(stream, self._watch, total)
 
     def _train(self, stream: Iterator[Any], site: LocalSite, parcel: Parcel) -> float | None:
         if self.task.train is not None:
@@ -179,7 +195,7 @@ class Trainer:
         self._module.eval()
         metrics = MetricSet(self.task, self.device)
         with torch.inference_mode():
-            for batch, count in all_rows(data, rows, work.batch_size, self.device):
+            for batch, count in self._watched(all_rows(data, rows, work.batch_size, self.device)):
                 metrics.update(self._module, batch, count)
         return MetricSums(metrics.sums(), row_count(rows))
 
@@ -188,6 +204,17 @@ class Trainer:
         columns = (self.task.columns(batch) for batch, _ in all_rows(data, rows, 4096, torch.device("cpu")))
         flat = ((x.reshape(len(x), -1).numpy(), y.numpy()) for x, y in columns)
         return Summary(work.query.answer(flat), row_count(rows))
+
+
+def _steps(fit: Fit, count: int) -> int:
+    size = count if fit.batch_size == "all" else fit.batch_size
+    return fit.steps or (fit.epochs or 1) * -(-count // size)
+
+
+def _watched(stream: Iterator[T], watch: Watch, total: int) -> Iterator[T]:
+    for done, batch in enumerate(stream):
+        watch(done, total)
+        yield batch
 
 
 def _array(tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -1,0 +1,142 @@
+"""`make faults`: a real federation whose processes are killed at random, and what is left of its run afterwards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fedkit
+from bench.table import Figure, show
+from fedkit.demo.heart import HOSPITALS, task
+from fedkit.loopback import Loopback
+from fedkit.rounds.journal import RoundRecord
+from fedkit.strategies import CyclicWeightTransfer, FedAvg, Scaffold
+from fedkit.strategy import Strategy
+
+
+@dataclass
+class Report:
+    """What a run that was killed again and again came to."""
+
+    kills: int = 0
+    resumed_s: list[float] = field(default_factory=list)
+    lost_commits: int = 0
+    trained_twice: int = 0
+    differing_weights: int = 0
+    records: list[RoundRecord] = field(default_factory=list)
+
+
+class _Watch(threading.Thread):
+    """Runs the strategy from Python, as a user would, and notes when rounds are committed."""
+
+    def __init__(self, address: str, strategy: Strategy, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.seen: list[tuple[float, RoundRecord]] = []
+        self.result: fedkit.Result | None = None
+        self.moved = threading.Condition()
+        self._address, self._strategy, self._seed = address, strategy, seed
+
+    def run(self) -> None:
+        with fedkit.connect(self._address) as coordinator:
+            result = coordinator.run(
+                task, self._strategy, seed=self._seed, min_clients=len(HOSPITALS), progress=False, on_round=self._note
+            )
+        with self.moved:
+            self.result = result
+            self.moved.notify_all()
+
+    def _note(self, record: RoundRecord) -> None:
+        with self.moved:
+            self.seen.append((time.monotonic(), record))
+            self.moved.notify_all()
+
+    def wait_for_more(self, than: int, seconds: float) -> bool:
+        """Whether another round was committed, or the run ended, in time."""
+        with self.moved:
+            return self.moved.wait_for(lambda: len(self.seen) > than or self.result is not None, seconds)
+
+
+def survive(folder: Path, strategy: Strategy, kills: int, seed: int) -> Report:
+    """Runs `strategy` over the four hospitals and kills one process after the other, each at a random moment."""
+    report, draw = Report(), random.Random(seed)
+    with Loopback(folder, ["heart"], HOSPITALS, rejoin_s=60.0) as federation:
+        watch = _Watch(federation.address, strategy, seed)
+        watch.start()
+        watch.wait_for_more(0, 60)
+        while report.kills < kills and watch.result is None:
+            time.sleep(draw.uniform(0.0, 0.5))
+            committed = len(watch.seen)
+            federation.kill(draw.choice(["server", *HOSPITALS]))
+            killed = time.monotonic()
+            federation.revive()
+            report.kills += 1
+            if not watch.wait_for_more(committed, 90):
+                raise RuntimeError(f"nothing was committed for 90 s after a kill: see {folder / 'logs'}")
+            report.resumed_s.append(time.monotonic() - killed)
+        watch.join(120)
+    assert watch.result is not None, "the run did not end"
+    return _judge(report, folder, watch, fedkit.simulate(task, strategy, clients=HOSPITALS, seed=seed, threads=1))
+
+
+def _judge(report: Report, folder: Path, watch: _Watch, expected: fedkit.Result) -> Report:
+    assert watch.result is not None
+    report.records = watch.result.history
+    seen = {record.round: record for _, record in watch.seen}
+    report.lost_commits = sum(seen.get(record.round) != record for record in report.records)
+    report.lost_commits += len(expected.history) - len(report.records)
+    report.trained_twice = sum(count - 1 for count in stored(folder).values())
+    report.differing_weights = int((watch.result.weights.vector != expected.weights.vector).sum())
+    return report
+
+
+def stored(folder: Path) -> Counter[str]:
+    """How often each assignment's result was stored at an agent, from the agents' logs."""
+    found: Counter[str] = Counter()
+    for log in (folder / "logs").glob("*.log"):
+        for line in log.read_text().splitlines():
+            if '"event": "stored"' in line:
+                found[f"{log.stem} {json.loads(line)['assignment']}"] += 1
+    return found
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "FedAvg": FedAvg(rounds=60, local=fedkit.Fit(steps=400, batch_size=4, lr=0.003)),
+    "CyclicWeightTransfer": CyclicWeightTransfer(rounds=40, local=fedkit.Fit(steps=200, batch_size=4, lr=0.001)),
+    "Scaffold": Scaffold(rounds=60, local=fedkit.Fit(steps=300, batch_size=4, lr=0.003)),
+}
+
+
+def main() -> None:
+    """Kills and counts; exits with 1 where anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="for each of the three strategies")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    figures = []
+    for name, strategy in STRATEGIES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            report = survive(Path(folder), strategy, chosen.kills, chosen.seed)
+        figures += [
+            Figure(f"{name}: kills survived", report.kills, f">= {chosen.kills}", "kill -9 of coordinator or agents"),
+            Figure(f"{name}: lost commits", report.lost_commits, "== 0"),
+            Figure(f"{name}: stored results trained again", report.trained_twice, "== 0"),
+            Figure(f"{name}: weights that differ from simulation", report.differing_weights, "== 0"),
+            Figure(
+                f"{name}: longest time to resume, s", max(report.resumed_s), "<= 10", "kill to next committed round"
+            ),
+        ]
+    sys.exit(not show("Faults", figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Rounds over the network against a bare stream and other frameworks, the coordinator's memory, the first round."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.processes import ROOT, Bare, Federation, command
+from bench.table import Figure, alternate
+
+__all__ = ["coordinator_memory", "first_round", "network_rounds"]
+
+CLIENTS = 10
+TURNS = {1: 40, 25: 8, 100: 4}  # megabytes: rounds before the other side has its turn
+PEERS = {"Flower": "flower", "NVIDIA FLARE's simulator": "flare"}
+PEER_LIMIT_S = 600
+
+
+def network_rounds(peers: str | None = None) -> list[Figure]:
+    """A round of 10 agents at 1, 25 and 100 MB against the bare program, and against each peer that `peers` has."""
+    found = []
+    for megabytes in TURNS:
+        ours, figure = _against_bare(megabytes)
+        found.append(figure)
+        for name in PEERS if peers else ():
+            found += _against_peer(ours, megabytes, name, str(peers))
+    return found
+
+
+def _against_bare(megabytes: int) -> tuple[float, Figure]:
+    count, used = TURNS[megabytes], []
+    with Federation(f"mb{megabytes}", CLIENTS) as federation, Bare(megabytes, CLIENTS) as bare:
+        federation.wait()
+
+        def ours() -> float:
+            before = federation.cpu_seconds()
+            seconds = federation.rounds(count)
+            used.append((federation.cpu_seconds() - before) / (count + 1))
+            return seconds
+
+        ratio, mine, floor = alternate(ours, lambda: bare.rounds(count), times=3)
+        cpu = f"CPU {statistics.median(used):.3g} against {bare.cpu_s:.3g} s"
+    note = f"{mine:.3g} s against {floor:.3g} s; {cpu}"
+    return mine, Figure(f"round of {CLIENTS} agents, {megabytes} MB / bare grpc.aio", ratio, "<= 2.0", note)
+
+
+def _against_peer(ours: float, megabytes: int, name: str, python: str) -> list[Figure]:
+    """The ratio to a peer's median round but the first; nothing but a printed line where the peer gives none."""
+    said = _peer(PEERS[name], megabytes, python)
+    if "error" in said:
+        print(f"{name} at {megabytes} MB: {said['error']}")
+        return []
+    theirs = statistics.median(said["seconds"][1:])
+    note = f"{ours:.3g} s against {theirs:.3g} s"
+    return [Figure(f"round of {CLIENTS} agents, {megabytes} MB / {name}", ours / theirs, "<= 1", note)]
+
+
+def _peer(folder: str, megabytes: int, python: str) -> dict[str, Any]:
+    """What a peer's own script says: `seconds` of each round, or `error`."""
+    script = str(ROOT / "bench" / "peers" / folder / "run.py")
+    size = ("--bytes", str(megabytes * 1_000_000), "--clients", str(CLIENTS), "--limit", str(PEER_LIMIT_S))
+    done = subprocess.run([python, script, *size, "--rounds", "4"], capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else {"error": done.stderr[-300:]}
+
+
+def coordinator_memory() -> list[Figure]:
+    """The coordinator's peak beyond idle in three rounds of 100 MB, in MB."""
+    found = []
+    for clients in (4, 10, 16):
+        with Federation("mb100", clients) as federation:
+            federation.wait()
+            idle = federation.memory("VmRSS")
+            federation.forget_peak()
+            federation.rounds(3)
+            peak = federation.memory("VmHWM")
+        note = f"{peak:.0f} MB at its peak, {idle:.0f} MB idle"
+        found.append(Figure(f"coordinator beyond idle, {clients} agents of 100 MB", peak - idle, "<= 464", note))
+    return found
+
+
+def first_round() -> Figure:
+    """Seconds from four agents, a coordinator and `fedkit run` started at once to the end of a run of one round."""
+    return Figure("commands to the end of the first round, s", statistics.median(_first() for _ in range(3)), "<= 8")
+
+
+def _first() -> float:
+    began = time.perf_counter()
+    with Federation("mb1", 4) as federation:
+        file = federation.folder / "run.toml"
+        file.write_text(_RUN_FILE)
+        submit = ("run", str(file), "--coordinator", federation.address, "--task", "bench.echo:mb1")
+        process = command(*submit, log=federation.folder / "run.log")
+        status = process.wait(120)
+        seconds = time.perf_counter() - began
+        if status != 0:
+            raise RuntimeError(Path(federation.folder / "run.log").read_text()[-600:])
+    return seconds
+
+
+_RUN_FILE = """
+[run]
+name = "first"
+task = "echo-1"
+min_clients = 4
+[strategy]
+name = "FedAvg"
+rounds = 1
+local = { steps = 1 }
+"""

@@ -1,0 +1,301 @@
+"""The agent: dials out, takes assignments, has them worked on, hands results in, and comes back after every break."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import structlog
+
+from fedkit import __version__
+from fedkit.client.inbox import Fetched, Inbox
+from fedkit.client.line import Line, LineLost
+from fedkit.client.outbox import Outbox, Stored
+from fedkit.client.settings import AgentSettings
+from fedkit.client.trainers import Job, Trainers
+from fedkit.errors import PayloadError, Reason, Refused, RunError
+from fedkit.logs import where
+from fedkit.protos import agents_pb2 as pb
+from fedkit.protos import convert
+from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL
+
+__all__ = ["Agent", "TurnedAway"]
+
+log = structlog.get_logger("fedkit.client")
+
+_WELCOME_S = 10.0
+_PAUSE_S = (0.1, 30.0)  # between two tries to connect: the shortest and the longest
+_RETRY_S = 0.5
+_FINAL = (pb.Goodbye.PROTOCOL, pb.Goodbye.REPLACED, pb.Goodbye.MALFORMED)
+
+
+class TurnedAway(RunError):
+    """The coordinator does not want this agent back; the message says why."""
+
+
+class _Forgotten(Exception):
+    """The coordinator does not want the result any more."""
+
+
+@dataclass(eq=False)
+class _Errand:
+    """One assignment being worked on or handed in."""
+
+    message: pb.Assignment
+    line: Line  # the connection over which it was asked for last
+    task: asyncio.Task[None] | None = field(default=None)
+
+
+class Agent:
+    """One participant. `run` ends when `stop` is called, or raises `TurnedAway`."""
+
+    def __init__(
+        self, settings: AgentSettings, tasks: list[str], outbox: Outbox, inbox: Inbox, trainers: Trainers
+    ) -> None:
+        self._settings = settings
+        self._tasks = tasks
+        self._outbox = outbox
+        self._inbox = inbox
+        self._trainers = trainers
+        self._instance = secrets.token_bytes(16)
+        self._errands: dict[str, _Errand] = {}
+        self._line: Line | None = None
+        self._stopping = asyncio.Event()
+
+    # -- the connection ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Attends until told to stop; raises `TurnedAway`."""
+        stopped = asyncio.create_task(self._stopping.wait())
+        try:
+            while not stopped.done():
+                attending = asyncio.create_task(self._come_back())
+                await asyncio.wait({attending, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if stopped.done():
+                    await self._leave(attending)
+                else:
+                    attending.result()
+        finally:
+            stopped.cancel()
+            await self._drop([*self._errands])
+            self._trainers.close()
+            self._outbox.close()
+
+    def stop(self) -> None:
+        """Leaves: nobody waits for this client any more."""
+        self._stopping.set()
+
+    async def _leave(self, attending: asyncio.Task[None]) -> None:
+        if self._line is not None:
+            await self._line.leave()
+            await asyncio.wait({attending}, timeout=2.0)
+        attending.cancel()
+        await asyncio.gather(attending, return_exceptions=True)
+
+    async def _come_back(self) -> None:
+        """One session, and before it as many tries as it takes, with pauses that grow with the break."""
+        gone = time.monotonic()
+        while True:
+            try:
+                if await self._attend():
+                    await asyncio.sleep(random.uniform(0, _PAUSE_S[0]))  # noqa: S311
+                    return
+                why = "the coordinator closed the stream"
+            except grpc.RpcError as error:
+                why = error.code().name.lower() if isinstance(error, grpc.aio.AioRpcError) else "broken"
+            except (TimeoutError, grpc.aio.UsageError):
+                why = "silence"
+            shortest, longest = _PAUSE_S
+            pause = min(max(shortest, 0.25 * (time.monotonic() - gone)), longest) * random.uniform(0.5, 1.0)  # noqa: S311
+            log.info("not connected", coordinator=self._settings.coordinator, why=why, again_in_s=round(pause, 1))
+            await asyncio.sleep(pause)
+
+    async def _attend(self) -> bool:
+        """One session; whether there was a welcome."""
+        options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # each try dials anew
+        async with grpc.aio.insecure_channel(self._settings.coordinator, options=options) as channel:
+            line = Line(channel, self._hello())
+            try:
+                return await self._listen(line)
+            finally:
+                line.cancel()
+                if self._line is line:
+                    self._line = None
+                    log.info("disconnected", client=self._settings.name)
+
+    def _hello(self) -> pb.Hello:
+        return pb.Hello(
+            protocol=PROTOCOL,
+            client=self._settings.name,
+            instance=self._instance,
+            software=f"fedkit {__version__}",
+            tasks=self._tasks,
+            max_examples=self._settings.max_examples,
+            held=self._outbox.held(),
+            running=list(self._errands),
+        )
+
+    async def _listen(self, line: Line) -> bool:
+        try:
+            async for message in line.messages():
+                self._hear(line, message)
+        except (grpc.RpcError, TimeoutError, grpc.aio.UsageError):
+            if self._line is not line:
+                raise
+        return self._line is line
+
+    def _hear(self, line: Line, message: pb.ToAgent) -> None:
+        kind = message.WhichOneof("what")
+        if kind == "welcome":
+            line.open(message.welcome)
+            self._line = line
+            self._settle(message.welcome.settlement)
+            log.info("connected", client=self._settings.name, coordinator=self._settings.coordinator)
+        elif kind == "assignment":
+            self._take(line, message.assignment)
+        elif kind == "cancel":
+            self._cancel(message.cancel.assignment_id)
+        elif kind == "settlement":
+            self._settle(message.settlement)
+        elif kind == "goodbye" and message.goodbye.reason in _FINAL:
+            raise TurnedAway(
+                f"{self._settings.coordinator} turned {self._settings.name} away: {message.goodbye.detail}"
+            )
+
+    # -- assignments ---------------------------------------------------------------------------------------------------
+
+    def _take(self, line: Line, message: pb.Assignment) -> None:
+        if message.id in self._errands:
+            self._errands[message.id].line = line
+            return
+        about = {"run": message.run, "round": message.round, "client": self._settings.name, "assignment": message.id}
+        log.info("assignment", **about, work=message.WhichOneof("work"))
+        errand = self._errands[message.id] = _Errand(message, line)
+        errand.task = asyncio.create_task(self._do(errand, about))
+        errand.task.add_done_callback(lambda task: self._ended(task, errand, about))
+
+    def _ended(self, task: asyncio.Task[None], errand: _Errand, about: dict[str, Any]) -> None:
+        """What should not have happened, such as a full disk, costs this assignment and is on record."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("assignment failed", **about, error=type(error).__name__, where=where(error)[-3:])
+            self._say_refused(errand, Refused(Reason.FAILED, type(error).__name__))
+
+    async def _do(self, errand: _Errand, about: dict[str, Any]) -> None:
+        key = errand.message.id
+        try:
+            if self._outbox.is_settled(key):
+                raise Refused(Reason.DONE, "this assignment was done and its round is over")
+            if self._outbox.find(key) is None:
+                await self._work(errand)
+            await self._deliver(errand)
+        except Refused as refused:
+            log.warning("refused", **about, reason=refused.reason.value, detail=refused.detail)
+            self._say_refused(errand, refused)
+        except PayloadError as error:
+            log.error("refused", **about, reason=Reason.PAYLOAD.value, detail=str(error))
+            self._say_refused(errand, Refused(Reason.PAYLOAD, str(error)))
+        except _Forgotten:
+            log.info("not wanted any more", **about)
+        finally:
+            self._errands.pop(key, None)
+
+    async def _work(self, errand: _Errand) -> None:
+        message = errand.message
+        convert.assignment_from_proto(message, self._settings.name)
+        async with self._trainers.place() as perform:
+            fetched = await self._fetch(errand) if message.model_bytes else None
+            outcome = await perform(self._job(message, fetched), lambda *steps: self._report(message.id, *steps))
+        if "refused" in outcome:
+            self._log_failure(message, outcome)
+            raise Refused(Reason(outcome["refused"]), outcome["detail"])
+        if outcome["examples"] > self._settings.max_examples:
+            text = f"{outcome['examples']} rows, but max_examples is {self._settings.max_examples}: raise it"
+            raise Refused(Reason.EXAMPLES, text)
+        facts = {name: outcome[name] for name in Stored.__slots__ if name in outcome}
+        stored = Stored(**(facts | {"id": message.id, "run": message.run}))
+        self._outbox.put(stored, has_state=outcome["has_state"])
+        log.info("stored", run=message.run, round=message.round, assignment=message.id, bytes=stored.payload_bytes)
+
+    def _job(self, message: pb.Assignment, fetched: Fetched | None) -> Job:
+        return Job(
+            id=message.id,
+            assignment=message.SerializeToString(),
+            model=fetched.payload if fetched else None,
+            header=fetched.header if fetched else None,
+            state=self._outbox.state(message.run),
+            out=self._outbox.path(message.id),
+            out_state=self._outbox.state_path(message.id),
+        )
+
+    def _log_failure(self, message: pb.Assignment, outcome: dict[str, Any]) -> None:
+        if outcome.get("where"):
+            log.error("task failed", run=message.run, error=outcome["detail"], where=outcome["where"])
+
+    async def _fetch(self, errand: _Errand) -> Fetched:
+        """The model; raises `PayloadError`, or `_Forgotten` where nobody asks: what is here of it stays."""
+        message = errand.message
+        while (found := self._inbox.find(message.model_digest)) is None:
+            line = errand.line
+            if line is not self._line:
+                raise _Forgotten
+            try:
+                return await line.fetch(message, self._inbox)
+            except grpc.aio.AioRpcError as error:
+                if error.code() == grpc.StatusCode.NOT_FOUND:
+                    raise _Forgotten from None
+            except LineLost:
+                pass
+            await self._pause(line)
+        return found
+
+    async def _pause(self, line: Line) -> None:
+        """A moment, before the same connection is tried again."""
+        if self._line is line:
+            await asyncio.sleep(_RETRY_S)
+
+    async def _deliver(self, errand: _Errand) -> None:
+        """Hands a stored result in, if it is asked for; otherwise it waits in the outbox."""
+        key = errand.message.id
+        stored = self._outbox.find(key)
+        while stored is not None and (line := errand.line) is self._line:
+            if stored.sums is not None:
+                line.send(pb.FromAgent(sums=convert.sums_to_proto(key, stored.answer())))
+                return
+            try:
+                self._hear_reply(stored, await line.deliver(stored, self._outbox.path(key)))
+                return
+            except (grpc.RpcError, LineLost, PayloadError):
+                await self._pause(line)
+
+    def _hear_reply(self, stored: Stored, reply: pb.UploadReply) -> None:
+        if reply.WhichOneof("what") == "refused":
+            log.warning("result refused", run=stored.run, assignment=stored.id, reason=reply.refused.reason)
+
+    def _say_refused(self, errand: _Errand, refused: Refused) -> None:
+        errand.line.send(pb.FromAgent(refusal=convert.refusal_to_proto(errand.message.id, refused)))
+
+    def _report(self, key: str, done: int, total: int) -> None:
+        if self._line is not None:
+            self._line.send(pb.FromAgent(progress=pb.Progress(assignment_id=key, done=done, total=total)))
+
+    def _settle(self, settlement: pb.Settlement) -> None:
+        self._outbox.settle(settlement.accepted, settlement.dropped)
+        for key in settlement.dropped:
+            self._cancel(key)
+
+    def _cancel(self, key: str) -> None:
+        errand = self._errands.get(key)
+        if errand is not None and errand.task is not None:
+            errand.task.cancel()
+
+    async def _drop(self, keys: list[str]) -> None:
+        tasks = [errand.task for key in keys if (errand := self._errands.get(key)) and errand.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,60 @@
+"""Warm workers: a process that has imported everything and only forks, so that a killed worker is replaced at once.
+
+It is forked itself before the agent starts a thread or a gRPC channel; neither survives a fork.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import NoReturn
+
+from fedkit.client.worker import Outfit, work
+
+__all__ = ["Nursery"]
+
+
+class Nursery:
+    """Forks workers on request. Make it before anything else runs."""
+
+    def __init__(self, outfit: Outfit) -> None:
+        self._sock, child = socket.socketpair()
+        if os.fork() == 0:
+            self._sock.close()
+            _serve(child, outfit)
+        child.close()
+
+    def fork(self) -> tuple[socket.socket, int]:
+        """A new worker's socket and process id."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._sock, [b"+"], [theirs.fileno()])
+        return ours, int.from_bytes(self._sock.recv(8), "little")
+
+    def close(self) -> None:
+        """Ends the process that forks; workers end with their sockets."""
+        self._sock.close()
+
+
+def _serve(sock: socket.socket, outfit: Outfit) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent hears it and closes the sockets
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended workers leave nothing behind
+    while True:
+        said, handles, _, _ = socket.recv_fds(sock, 1, 1)
+        if not said:
+            os._exit(0)
+        pid = os.fork()
+        if pid == 0:
+            sock.close()
+            _work(socket.socket(fileno=handles[0]), outfit)
+        os.close(handles[0])
+        sock.sendall(pid.to_bytes(8, "little"))
+
+
+def _work(sock: socket.socket, outfit: Outfit) -> NoReturn:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        work(sock, outfit)
+    finally:
+        os._exit(1)

@@ -1,0 +1,200 @@
+"""What an agent has worked out and the coordinator has not committed yet, and the state its work leaves.
+
+SQLite and files: a result is stored whole before its first byte is sent, and forgotten only when it is settled. The
+ids of settled results are kept for ever. State that outlives an assignment is on disk before its result counts as
+stored; a result without state may be lost with the machine's power, and is then worked out again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedkit.codec import CHUNK_BYTES
+from fedkit.errors import ConfigError
+from fedkit.spool import payload_digest
+from fedkit.work import MetricSums, Summary
+
+__all__ = ["Outbox", "Stored"]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS results (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    run TEXT NOT NULL,
+    facts TEXT NOT NULL,
+    has_state INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS settled (id TEXT PRIMARY KEY, accepted INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS states (run TEXT PRIMARY KEY, file TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A result: an update whose bytes lie in a file, or sums."""
+
+    id: str
+    run: str
+    examples: int
+    loss: float | None = None
+    manifest: str = ""  # the digest of the manifest of the model that was received
+    payload_bytes: int = 0
+    digest: str = ""
+    extras: dict[str, int] = field(default_factory=dict)
+    sums: list[Any] | None = None
+    kind: str = ""  # of the sums: "metrics", "integers" or "reals"
+
+    def answer(self) -> MetricSums | Summary:
+        """The sums as the library's value."""
+        if self.kind == "integers":
+            return Summary(np.array(self.sums, dtype=np.int64), self.examples)
+        vector = np.array(self.sums, dtype=np.float64)
+        return MetricSums(vector, self.examples) if self.kind == "metrics" else Summary(vector, self.examples)
+
+
+class Outbox:
+    """The store of one agent in `folder`. Only one process may open it; raises `ConfigError` where another has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._db = sqlite3.connect(folder / "outbox.db", isolation_level=None)
+        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.OperationalError as error:
+            raise ConfigError(f"{folder}: cannot be used, most likely by another agent process: {error}") from None
+        self._verified: set[str] = set()
+        self._sweep()
+
+    def path(self, key: str) -> Path:
+        """Where the payload of a result lies."""
+        return self.folder / key
+
+    def state_path(self, key: str) -> Path:
+        """Where the state that a result leaves lies."""
+        return self.folder / f"{key}.state"
+
+    def find(self, key: str) -> Stored | None:
+        """The stored result of an assignment; None where there is none, or where its bytes were lost."""
+        row = self._db.execute("SELECT facts FROM results WHERE id = ?", (key,)).fetchone()
+        if row is None:
+            return None
+        stored = Stored(**json.loads(row[0]))
+        if stored.sums is None and key not in self._verified:
+            if not self._is_whole(stored):
+                self._db.execute("DELETE FROM results WHERE id = ?", (key,))
+                return None
+            self._verified.add(key)
+        return stored
+
+    def _is_whole(self, stored: Stored) -> bool:
+        total = payload_digest(stored.manifest)
+        try:
+            with open(self.path(stored.id), "rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    total.update(chunk)
+        except FileNotFoundError:
+            return False
+        return total.hexdigest() == stored.digest
+
+    def is_settled(self, key: str) -> bool:
+        """Whether the assignment was committed or dropped before."""
+        return self._db.execute("SELECT 1 FROM settled WHERE id = ?", (key,)).fetchone() is not None
+
+    def held(self) -> list[str]:
+        """The ids of all stored results, oldest first."""
+        return [key for (key,) in self._db.execute("SELECT id FROM results ORDER BY seq")]
+
+    def state(self, run: str) -> Path | None:
+        """The state after the last work done for `run`, settled or not."""
+        row = self._db.execute(
+            "SELECT id FROM results WHERE run = ? AND has_state ORDER BY seq DESC LIMIT 1", (run,)
+        ).fetchone()
+        if row is not None:
+            return self.state_path(row[0])
+        return self._standing(run)
+
+    def put(self, stored: Stored, *, has_state: bool) -> None:
+        """Stores a result whose files are in place, with the state it leaves."""
+        if has_state:
+            _flush(self.path(stored.id), self.state_path(stored.id), self.folder)
+        self._db.execute(f"PRAGMA synchronous={'FULL' if has_state else 'NORMAL'}")
+        facts = json.dumps({name: getattr(stored, name) for name in Stored.__slots__})
+        self._db.execute(
+            "INSERT OR REPLACE INTO results (id, run, facts, has_state) VALUES (?, ?, ?, ?)",
+            (stored.id, stored.run, facts, has_state),
+        )
+        self._verified.add(stored.id)
+
+    def settle(self, accepted: Iterable[str], dropped: Iterable[str]) -> None:
+        """Accepted results stand and may go; dropped ones are undone. What is not here is only remembered."""
+        stands = set(accepted)
+        gone = stands | set(dropped)
+        if not gone:
+            return
+        rows = self._db.execute("SELECT id, run, has_state FROM results ORDER BY seq").fetchall()
+        kept = {run: key for key, run, has_state in rows if key in stands and has_state}
+        stale = [path for run in kept if (path := self._standing(run)) is not None]
+        self._db.execute(f"PRAGMA synchronous={'FULL' if kept else 'NORMAL'}")
+        with _transaction(self._db):
+            for run, key in kept.items():
+                file = self.state_path(key).name
+                self._db.execute("INSERT OR REPLACE INTO states (run, file) VALUES (?, ?)", (run, file))
+            self._db.executemany("INSERT OR IGNORE INTO settled VALUES (?, ?)", [(key, key in stands) for key in gone])
+            self._db.executemany("DELETE FROM results WHERE id = ?", [(key,) for key in gone])
+        self._verified -= gone
+        for key in gone.intersection(key for key, _, _ in rows):
+            stale += [self.path(key), *([] if key in kept.values() else [self.state_path(key)])]
+        for path in stale:
+            path.unlink(missing_ok=True)
+
+    def _standing(self, run: str) -> Path | None:
+        """The state of the run's last accepted result."""
+        row = self._db.execute("SELECT file FROM states WHERE run = ?", (run,)).fetchone()
+        return None if row is None else self.folder / row[0]
+
+    def _sweep(self) -> None:
+        """Removes files that no row speaks of, before any work begins."""
+        held = set(self.held())
+        kept = {*held, *(f"{key}.state" for key in held)}
+        kept |= {file for (file,) in self._db.execute("SELECT file FROM states")}
+        for path in self.folder.iterdir():
+            if path.name not in kept and not path.name.startswith("outbox.db"):
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._db.close()
+
+
+class _transaction:  # noqa: N801
+    """BEGIN and COMMIT around a block, ROLLBACK where it raises."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __enter__(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._db.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+def _flush(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,46 @@
+"""What the operator of an agent sets, in a TOML file or on the command line."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from fedkit.config import PositiveInt, Settings, parse
+from fedkit.errors import ConfigError
+
+__all__ = ["AgentSettings", "read"]
+
+
+class AgentSettings(Settings):
+    """One agent: its name, its coordinator, what it may work on, and what it may use.
+
+    `tasks` are registered names, or `module:attr` that this process imports. `max_examples` is the most training rows
+    its results may claim. `parallel` assignments are worked on at a time, each by a process of its own with `threads`
+    torch threads (None: as many as torch takes). `state` is the folder that survives restarts.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    coordinator: str = "127.0.0.1:8443"
+    state: Path = Path("fedkit-client")
+    max_examples: PositiveInt = 1_000_000
+    parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    threads: PositiveInt | None = None
+    device: str = "auto"
+
+
+def read(path: Path | None, **given: Any) -> AgentSettings:
+    """The file's settings, with what was `given` on the command line instead; raises `ConfigError`."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: there is no such file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not TOML: {error}") from None
+    values |= {name: value for name, value in given.items() if value is not None}
+    return parse(AgentSettings, values, where="client")

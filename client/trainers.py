@@ -1,0 +1,148 @@
+"""Worker processes as the agent sees them: a job in, a result out, stopped within seconds when called off."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import signal
+import struct
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import structlog
+
+from fedkit.client.nursery import Nursery
+from fedkit.errors import Reason, Refused
+
+__all__ = ["Job", "Trainers"]
+
+log = structlog.get_logger("fedkit.client")
+
+Progress: TypeAlias = Callable[[int, int], None]
+
+_LENGTH = struct.Struct("<I")
+_STOP_S = 3.0  # a worker that has not stopped by itself is killed
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One assignment with the files it needs and those it writes."""
+
+    id: str
+    assignment: bytes  # serialised
+    model: Path | None
+    header: Path | None
+    state: Path | None
+    out: Path
+    out_state: Path
+
+    def message(self) -> dict[str, Any]:
+        """The job as the worker reads it."""
+        paths = {name: getattr(self, name) for name in ("model", "header", "state", "out", "out_state")}
+        found = {name: None if path is None else str(path) for name, path in paths.items()}
+        return {"id": self.id, "assignment": base64.b64encode(self.assignment).decode(), **found}
+
+
+class _Died(Exception):
+    """The worker process ended before it answered."""
+
+
+class _Worker:
+    """One worker process and the socket to it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pid: int) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._pid = pid
+
+    def send(self, message: dict[str, Any]) -> None:
+        raw = json.dumps(message).encode()
+        self._writer.write(_LENGTH.pack(len(raw)) + raw)
+
+    async def outcome(self, key: str, progress: Progress) -> dict[str, Any]:
+        """The outcome of job `key`; raises `_Died`."""
+        while True:
+            try:
+                head = await self._reader.readexactly(_LENGTH.size)
+                message: dict[str, Any] = json.loads(await self._reader.readexactly(_LENGTH.unpack(head)[0]))
+            except (asyncio.IncompleteReadError, ConnectionError):
+                raise _Died from None
+            if message["id"] == key and "done" in message:
+                progress(message["done"], message["total"])
+            elif message["id"] == key:
+                return message
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)
+        self._writer.close()
+
+
+class Trainers:
+    """`count` worker processes; a job waits until one is free."""
+
+    def __init__(self, nursery: Nursery, count: int) -> None:
+        self._nursery = nursery
+        self._free: asyncio.Queue[_Worker | None] = asyncio.Queue()
+        self._alive: set[_Worker] = set()
+        for _ in range(count):
+            self._free.put_nowait(None)
+
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[Callable[[Job, Progress], Any]]:
+        """A free worker: `perform(job, progress)` gives the outcome or raises `Refused`."""
+        worker = await self._free.get()
+        slot = [worker]
+        try:
+            yield lambda job, progress: self._perform(slot, job, progress)
+        finally:
+            self._free.put_nowait(slot[0])
+
+    async def _perform(self, slot: list[_Worker | None], job: Job, progress: Progress) -> dict[str, Any]:
+        worker = slot[0] = slot[0] or await self._start()
+        worker.send(job.message())
+        try:
+            return await worker.outcome(job.id, progress)
+        except _Died:
+            slot[0] = None
+            self._end(worker)
+            detail = "the training process died, most likely out of memory"
+            raise Refused(Reason.FAILED, detail) from None
+        except asyncio.CancelledError:
+            stopping = asyncio.ensure_future(self._stop(worker, job))
+            slot[0] = await asyncio.shield(stopping)
+            raise
+
+    async def _start(self) -> _Worker:
+        sock, pid = self._nursery.fork()
+        sock.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=1 << 26)
+        worker = _Worker(reader, writer, pid)
+        self._alive.add(worker)
+        return worker
+
+    async def _stop(self, worker: _Worker, job: Job) -> _Worker | None:
+        """The worker, once it has stopped by itself; None where it had to be killed."""
+        worker.send({"cancel": job.id})
+        try:
+            await asyncio.wait_for(worker.outcome(job.id, lambda *_: None), _STOP_S)
+        except (TimeoutError, _Died):
+            log.warning("training process killed", assignment=job.id)
+            self._end(worker)
+            return None
+        return worker
+
+    def _end(self, worker: _Worker) -> None:
+        worker.kill()
+        self._alive.discard(worker)
+
+    def close(self) -> None:
+        """Ends every worker."""
+        for worker in list(self._alive):
+            self._end(worker)
+        self._nursery.close()

@@ -1,0 +1,201 @@
+"""The process that trains: it has everything imported, does one assignment at a time, and talks over a socket.
+
+Messages both ways are JSON, tensors lie in files. It ends when the agent's end of the socket closes, so that no work
+goes on for an agent that is gone.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedkit.codec import CHUNK_BYTES
+from fedkit.errors import Reason, Refused
+from fedkit.logs import where
+from fedkit.packing import pack, unpack
+from fedkit.protos import agents_pb2 as pb
+from fedkit.protos import convert, tensors_pb2
+from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.spool import payload_digest
+from fedkit.task import Task
+from fedkit.trainer.trainer import ClientState, Trainer
+from fedkit.weights import Manifest, Vector, Weights
+from fedkit.work import Answer, MetricSums, Update
+
+__all__ = ["Outfit", "read_message", "work", "write_message"]
+
+_KEPT_TRAINERS = 4  # runs whose model and data stay loaded
+_PROGRESS_S = 0.5
+_LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Outfit:
+    """What a worker is given for its lifetime."""
+
+    client: str
+    tasks: Mapping[str, Task]
+    device: str = "auto"
+    threads: int | None = None
+
+
+def write_message(sock: socket.socket, message: Mapping[str, Any]) -> None:
+    """Sends one message."""
+    raw = json.dumps(message).encode()
+    sock.sendall(_LENGTH.pack(len(raw)) + raw)
+
+
+def read_message(sock: socket.socket) -> dict[str, Any] | None:
+    """The next message, or None at the end."""
+    head = _read(sock, _LENGTH.size)
+    raw = None if head is None else _read(sock, _LENGTH.unpack(head)[0])
+    return None if raw is None else json.loads(raw)
+
+
+def _read(sock: socket.socket, size: int) -> bytes | None:
+    parts, left = [], size
+    while left:
+        part = sock.recv(min(left, 1 << 20))
+        if not part:
+            return None
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def work(sock: socket.socket, outfit: Outfit) -> None:
+    """Does what it is asked over `sock` until that closes."""
+    if outfit.threads is not None:
+        torch.set_num_threads(outfit.threads)
+    _Worker(sock, outfit).run()
+
+
+class _Worker:
+    def __init__(self, sock: socket.socket, outfit: Outfit) -> None:
+        self._sock = sock
+        self._outfit = outfit
+        self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._cancelled: set[str] = set()
+        self._trainers: dict[tuple[str, bool], Trainer] = {}
+        self._current = ""
+        self._told = 0.0
+
+    def run(self) -> None:
+        threading.Thread(target=self._listen, daemon=True).start()
+        while True:
+            job = self._jobs.get()
+            self._current, self._told = job["id"], time.monotonic()
+            write_message(self._sock, {"id": job["id"], **self._outcome(job)})
+            self._cancelled.discard(job["id"])
+
+    def _listen(self) -> None:
+        while (message := read_message(self._sock)) is not None:
+            if "cancel" in message:
+                self._cancelled.add(message["cancel"])
+            else:
+                self._jobs.put(message)
+        os._exit(0)  # the agent is gone; nobody waits for the work under way
+
+    def _outcome(self, job: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._do(job)
+        except Refused as refused:
+            return {"refused": refused.reason.value, "detail": refused.detail}
+        except Exception as error:  # noqa: BLE001 - the task's own code runs here, and may raise anything
+            return {"refused": Reason.FAILED.value, "detail": type(error).__name__, "where": where(error)[-3:]}
+
+    def _do(self, job: dict[str, Any]) -> dict[str, Any]:
+        message = pb.Assignment.FromString(base64.b64decode(job["assignment"]))
+        assignment = convert.assignment_from_proto(message, self._outfit.client)
+        state: ClientState = {} if job["state"] is None else unpack(Path(job["state"]).read_bytes())
+        parcel = _parcel(job)
+        self._watch(0, 0)
+        answer, after = self._trainer(message).perform(assignment, parcel, state)
+        facts = _written(assignment, answer, parcel.model.manifest, Path(job["out"]))
+        return facts | {"has_state": _keep_state(state, after, Path(job["out_state"]))}
+
+    def _trainer(self, message: pb.Assignment) -> Trainer:
+        key = (message.run, message.holds_out_valid)
+        found = self._trainers.pop(key, None)
+        if found is None:
+            task = self._outfit.tasks.get(message.task)
+            if task is None:
+                raise Refused(Reason.POLICY, f"this agent has no task {message.task}")
+            found = Trainer(
+                task,
+                message.seed,
+                device=self._outfit.device,
+                holds_out_valid=message.holds_out_valid,
+                watch=self._watch,
+            )
+        while len(self._trainers) >= _KEPT_TRAINERS:
+            self._trainers.pop(next(iter(self._trainers)))
+        self._trainers[key] = found
+        return found
+
+    def _watch(self, done: int, total: int) -> None:
+        if self._current in self._cancelled:
+            raise Refused(Reason.CANCELLED, "called off")
+        now = time.monotonic()
+        if now - self._told >= _PROGRESS_S:
+            self._told = now
+            write_message(self._sock, {"id": self._current, "done": done, "total": total})
+
+
+def _parcel(job: dict[str, Any]) -> Parcel:
+    if job["model"] is None:
+        return Parcel(Weights.zeros(Manifest(())))
+    header = tensors_pb2.Header.FromString(Path(job["header"]).read_bytes())
+    manifest, extras = convert.header_from_proto(header)
+    values = np.memmap(job["model"], dtype="<f4", mode="r") if header.payload_bytes else np.zeros(0, np.float32)
+    found: dict[str, Vector] = {}
+    start = manifest.size
+    for name, size in extras.items():
+        found[name] = np.asarray(values[start : start + size])
+        start += size
+    return Parcel(Weights(manifest, np.asarray(values[: manifest.size])), found)
+
+
+def _written(assignment: Assignment, answer: Answer, manifest: Manifest, out: Path) -> dict[str, Any]:
+    """Writes an update's bytes to `out`; the facts about the answer."""
+    if isinstance(answer, Update):
+        return _write_update(answer, manifest, out)
+    kind = "metrics" if isinstance(answer, MetricSums) else "integers" if answer.vector.dtype == np.int64 else "reals"
+    return {"kind": kind, "sums": answer.vector.tolist(), "examples": answer.examples, "run": assignment.run}
+
+
+def _write_update(answer: Update, manifest: Manifest, out: Path) -> dict[str, Any]:
+    total, size = payload_digest(manifest.digest), 0
+    with open(out, "wb", buffering=0) as file:
+        for vector in (answer.weights.vector, *(answer.extra[name] for name in sorted(answer.extra))):
+            view = np.ascontiguousarray(vector, dtype="<f4").view(np.uint8).data
+            for start in range(0, len(view), CHUNK_BYTES):
+                chunk = view[start : start + CHUNK_BYTES]
+                file.write(chunk)
+                total.update(chunk)
+            size += len(view)
+    extras = {name: int(answer.extra[name].size) for name in sorted(answer.extra)}
+    facts = {"manifest": manifest.digest, "payload_bytes": size, "digest": total.hexdigest(), "extras": extras}
+    return facts | {"examples": answer.examples, "loss": answer.loss}
+
+
+def _keep_state(before: ClientState, after: ClientState, out: Path) -> bool:
+    """Writes the state that the work leaves, where it is another than before."""
+    packed = pack(after)
+    if not after or packed == pack(before):
+        return False
+    out.write_bytes(packed)
+    return True

@@ -1,0 +1,178 @@
+"""`fedkit run | status | cancel | models`: what an operator asks of a coordinator."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedkit import codec
+from fedkit.cli import show
+from fedkit.errors import ConfigError
+from fedkit.progress import describe
+from fedkit.registry import choose_task
+from fedkit.remote import Coordinator, connect
+from fedkit.result import Result
+from fedkit.runfile import RunFile, read
+from fedkit.status import RunStatus
+from fedkit.strategy import Strategy
+from fedkit.task import Task
+
+__all__ = ["begin", "cancel", "models", "status"]
+
+_LISTED = 20  # runs in a table
+_PATIENCE_S = 1.0  # of a question; a run is waited for longer
+
+
+def begin(path: Path, address: str, task: str | None, *, out: Path | None, detach: bool, as_json: bool) -> None:
+    """Submits a run file, shows its rounds as they happen, and keeps the result."""
+    file = read(path)
+    if detach and out is not None:
+        raise ConfigError("--detach returns before there is a result: leave --out to fedkit models")
+    known = None if detach and task is None else choose_task(task, file.run.task)
+    if file.run.task is None and known is not None:
+        file = file.replace(run=file.run.replace(task=known.name))
+    with connect(address) as coordinator:
+        name = coordinator.submit_file(file)
+        if known is None or detach:
+            _report_begun(name, as_json)
+            return
+        try:
+            result = _followed(coordinator, file, known, as_json)
+        except KeyboardInterrupt:
+            text = f"detached; {name} goes on at the coordinator: look again with fedkit status {name}"
+            raise KeyboardInterrupt(text) from None
+    if out is not None:
+        result.save(out)
+    _report(result, name, out, as_json)
+
+
+def _followed(coordinator: Coordinator, file: RunFile, task: Task, as_json: bool) -> Result:
+    name, strategy = file.run.name, file.build_strategy()
+    if as_json:
+        for _ in coordinator.watch(name):
+            continue
+    else:
+        _show_rounds(coordinator, file, strategy)
+    return coordinator.result(name, task, strategy)
+
+
+def _show_rounds(coordinator: Coordinator, file: RunFile, strategy: Strategy) -> None:
+    title = f"{file.run.name}: {file.strategy['name']}, seed {file.run.seed}"
+    with show.rounds(title, strategy.rounds) as observe:
+        for record in coordinator.watch(file.run.name, say=observe.say):
+            observe(record)
+
+
+def _report_begun(name: str, as_json: bool) -> None:
+    if as_json:
+        show.print_json({"run": name})
+    else:
+        show.console.print(f"{name} has begun.\n\nNext: fedkit status {name}", highlight=False)
+
+
+def _report(result: Result, name: str, out: Path | None, as_json: bool) -> None:
+    if as_json:
+        show.print_json(result.to_dict())
+        return
+    if result.test:
+        show.console.print()
+        show.console.print(show.test_scores(result))
+    keep = f"fedkit models {name} --out FILE keeps the model"
+    where = f"fedkit export {out} --out BUNDLE" if out else keep
+    show.console.print(f"\nNext: {where}", highlight=False)
+
+
+def status(run: str | None, address: str, as_json: bool) -> None:
+    """Shows clients and runs, or one run and who works for it."""
+    with connect(address, patience_s=_PATIENCE_S) as coordinator:
+        found = coordinator.status(run or "")
+    if as_json:
+        show.print_json({"coordinator": address, **dataclasses.asdict(found)})
+        return
+    clients = [client for client in found.clients if run is None or run in {job.run for job in client.jobs}]
+    if clients:
+        show.console.print(show.clients(clients), "")
+    elif run is None:
+        _say("No client has attended yet. Next: start one at each site with fedkit client\n")
+    if not found.runs:
+        _say("There are no runs yet. Next: fedkit run RUN.toml")
+        return
+    _show_runs(found.runs)
+    if run is not None:
+        _show_last(found.runs[0])
+
+
+def _show_runs(found: Sequence[RunStatus]) -> None:
+    show.console.print(show.runs(found[:_LISTED], time.time()))
+    if len(found) > _LISTED:
+        _say(f"and {len(found) - _LISTED} older ones: fedkit status --json shows them")
+    for one in found[:_LISTED]:
+        if one.detail:
+            _say(f"\n{one.name} {one.state}: {one.detail}")
+
+
+def _show_last(run: RunStatus) -> None:
+    _say(f"\nTask {run.task}, {run.strategy}, {run.rounds} rounds, seed {run.seed}")
+    if run.last is not None:
+        _say(f"Round {run.last.round}: {describe(run.last)}")
+    if run.models:
+        _say(f"\nNext: fedkit models {run.name} --out FILE ({', '.join(run.models)})")
+
+
+def cancel(run: str, address: str, as_json: bool) -> None:
+    """Ends a run."""
+    with connect(address, patience_s=_PATIENCE_S) as coordinator:
+        found = coordinator.cancel(run)
+    if as_json:
+        show.print_json(dataclasses.asdict(found))
+    elif found.state == "cancelled":
+        _say(f"{run} is cancelled; the model of round {found.round} stands")
+    else:
+        _say(f"{run} was over already: {found.state} after round {found.round}")
+
+
+def models(run: str | None, address: str, out: Path | None, which: str, as_json: bool) -> None:
+    """Lists models, or writes one to a file."""
+    if out is not None and run is None:
+        raise ConfigError("--out FILE takes the model of one run: fedkit models RUN --out FILE")
+    with connect(address, patience_s=_PATIENCE_S) as coordinator:
+        if run is not None and out is not None:
+            _write(coordinator, run, out, which, as_json)
+        else:
+            _list(coordinator.status(run or "").runs, as_json)
+
+
+def _list(runs: Sequence[RunStatus], as_json: bool) -> None:
+    found = [(run, model) for run in runs for model in run.models]
+    if as_json:
+        show.print_json([_facts(run, model) for run, model in found])
+    elif found:
+        show.console.print(show.models(found))
+        _say(f"\nNext: fedkit models {found[0][0].name} --which {found[0][1]} --out FILE")
+    else:
+        _say("There are no models yet: one is there when a run has committed its first round. Next: fedkit status")
+
+
+def _facts(run: RunStatus, which: str) -> dict[str, Any]:
+    return {"run": run.name, "which": which, "task": run.task, "strategy": run.strategy, "state": run.state}
+
+
+def _write(coordinator: Coordinator, run: str, out: Path, which: str, as_json: bool) -> None:
+    weights = coordinator.weights(run, which)
+    codec.save(out, weights)
+    size = out.stat().st_size
+    if as_json:
+        facts = {"run": run, "which": which, "path": str(out), "bytes": size}
+        show.print_json(facts | {"elements": weights.vector.size, "digest": weights.digest})
+        return
+    _say(f"{out}: {weights.vector.size:,} weights of {run} ({which}), {size:,} bytes")
+    _say(
+        f'\nNext: fedkit.simulate(..., init="{out}") or task.build(seed) and fedkit.codec.load("{out}").to_module(...)'
+    )
+
+
+def _say(text: str) -> None:
+    show.console.print(text, highlight=False, markup=False)

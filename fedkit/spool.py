@@ -1,0 +1,184 @@
+"""Payloads that live in files: written and checked as their bytes arrive, read again block by block.
+
+A `Spool` takes chunks in order, survives the end of its process, and becomes a whole file only when its digest is the
+announced one. `Spooled` weights read their values from such a file when they are needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+
+from fedkit.codec import CHUNK_BYTES
+from fedkit.errors import PayloadError, Reason, Refused
+from fedkit.weights import Manifest, Vector, Weights
+
+__all__ = ["Spool", "Spooled", "SpooledExtras", "payload_digest", "reopen"]
+
+_ITEM = 4  # bytes of a float32
+
+
+def payload_digest(manifest_digest: str) -> blake3:
+    """The beginning of a payload's digest; the payload's bytes follow. Without extras it is the weights' digest."""
+    return blake3(manifest_digest.encode())
+
+
+class Spool:
+    """One payload on its way into a file. `have` is the number of bytes taken; the next chunk continues there.
+
+    What an earlier process left in `path` with the ending `.part` counts, once its bytes have been hashed again. With
+    `finite`, NaN and infinity are refused as they go by. Raises `PayloadError`, or `Refused` for NaN and infinity.
+    """
+
+    def __init__(
+        self, path: Path, manifest_digest: str, payload_bytes: int, digest: bytes, *, finite: bool = False
+    ) -> None:
+        self.path = path
+        self.payload_bytes = payload_bytes
+        self.have = 0
+        self._digest = digest
+        self._finite = finite
+        self._hash = payload_digest(manifest_digest)
+        self._part = path.with_name(path.name + ".part")
+        self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._resume()
+
+    def _resume(self) -> None:
+        left = min(os.fstat(self._file).st_size, self.payload_bytes) // _ITEM * _ITEM
+        while self.have < left:
+            chunk = os.pread(self._file, min(CHUNK_BYTES, left - self.have), self.have)
+            self._note(memoryview(chunk))
+        os.ftruncate(self._file, self.have)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every announced byte is there."""
+        return self.have == self.payload_bytes
+
+    def feed(self, chunk: memoryview) -> None:
+        """Takes the next chunk: at most 1 MiB, and whole float32 values."""
+        if self._file < 0:
+            raise PayloadError("the payload is being taken over another connection")
+        if len(chunk) > CHUNK_BYTES or len(chunk) % _ITEM or not len(chunk):
+            raise PayloadError(f"a piece has 4 to {CHUNK_BYTES} bytes, a multiple of 4; got {len(chunk)}")
+        if self.have + len(chunk) > self.payload_bytes:
+            raise PayloadError(f"more than the announced {self.payload_bytes} bytes arrived")
+        at = self.have
+        self._note(chunk)
+        while at < self.have:
+            at += os.pwrite(self._file, chunk[at - self.have :], at)
+
+    def _note(self, chunk: memoryview) -> None:
+        if self._finite and not _is_finite(np.frombuffer(chunk, dtype="<f4")):
+            raise Refused(Reason.NOT_FINITE, "NaN or infinity in the update: lower the learning rate or check the data")
+        self._hash.update(chunk)
+        self.have += len(chunk)
+
+    def finish(self) -> Path:
+        """The whole file, under its own name; a payload with another digest than announced is thrown away."""
+        if not self.is_complete:
+            raise PayloadError(f"{self.have} of {self.payload_bytes} bytes arrived")
+        if self._hash.digest() != self._digest:
+            self.discard()
+            raise PayloadError("the payload's digest is not the announced one; the bytes were changed on the way")
+        os.replace(self._part, self.path)
+        self.close()
+        return self.path
+
+    def close(self) -> None:
+        """Stops taking chunks; what is there stays for another process."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def discard(self) -> None:
+        """Stops taking chunks and removes what is there."""
+        self.close()
+        self._part.unlink(missing_ok=True)
+
+
+def _is_finite(values: Vector) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = np.dot(values, values)  # one fast pass; finite only if every element is
+    return bool(np.isfinite(square)) or bool(np.isfinite(values).all())
+
+
+class Spooled(Weights):
+    """Weights whose values lie at the beginning of a checked file; `vector` reads them all, `block` a part."""
+
+    is_stored = True
+
+    def __init__(self, manifest: Manifest, path: Path) -> None:
+        self.manifest = manifest
+        self.path = path
+        self.offset = 0
+
+    @cached_property
+    def vector(self) -> Vector:  # type: ignore[override]
+        """All values, read at first use and kept."""
+        return _read(self.path, 0, self.manifest.size)
+
+    def block(self, start: int, out: Vector) -> Vector:
+        """Fills `out` with the values from `start` on, without keeping them."""
+        _fill(self.path, start, out)
+        return out
+
+    def is_finite(self) -> bool:
+        """True: they were checked as they arrived."""
+        return True
+
+
+class SpooledExtras(Mapping[str, Vector]):
+    """Named vectors that lie behind the weights in the same file; each is read when asked for, and not kept."""
+
+    def __init__(self, path: Path, start: int, sizes: Mapping[str, int]) -> None:
+        self.sizes = dict(sizes)
+        self._path = path
+        self._starts: dict[str, int] = {}
+        for name, size in self.sizes.items():
+            self._starts[name] = start
+            start += size
+
+    def __getitem__(self, name: str) -> Vector:
+        return _read(self._path, self._starts[name], self.sizes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def reopen(path: Path, manifest: Manifest, extras: Mapping[str, int]) -> tuple[Weights, Mapping[str, Vector]] | None:
+    """The weights and extras of a checked file; None where it is gone or has another length."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return None
+    if size != _ITEM * (manifest.size + sum(extras.values())):
+        return None
+    return Spooled(manifest, path), SpooledExtras(path, manifest.size, extras)
+
+
+def _read(path: Path, start: int, size: int) -> Vector:
+    out = np.empty(size, dtype="<f4")
+    _fill(path, start, out)
+    return out.astype(np.float32, copy=False)
+
+
+def _fill(path: Path, start: int, out: Vector) -> None:
+    view, at = out.view(np.uint8).data, _ITEM * start
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while len(view):
+            count = os.preadv(file, [view], at)
+            if count == 0:
+                raise PayloadError(f"{path.name} ends before its last value")
+            view, at = view[count:], at + count
+    finally:
+        os.close(file)

@@ -1,0 +1,316 @@
+from fedkit.protos import tensors_pb2 as _tensors_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Returns(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RETURNS_UNSPECIFIED: _ClassVar[Returns]
+    UPDATE: _ClassVar[Returns]
+    WEIGHTS: _ClassVar[Returns]
+    SUMS: _ClassVar[Returns]
+RETURNS_UNSPECIFIED: Returns
+UPDATE: Returns
+WEIGHTS: Returns
+SUMS: Returns
+
+class FromAgent(_message.Message):
+    __slots__ = ("hello", "heartbeat", "progress", "sums", "refusal", "leaving")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    heartbeat: Heartbeat
+    progress: Progress
+    sums: Sums
+    refusal: Refusal
+    leaving: Leaving
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., sums: _Optional[_Union[Sums, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("protocol", "client", "instance", "software", "tasks", "max_examples", "held", "running")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    client: str
+    instance: bytes
+    software: str
+    tasks: _containers.RepeatedScalarFieldContainer[str]
+    max_examples: int
+    held: _containers.RepeatedScalarFieldContainer[str]
+    running: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., instance: _Optional[bytes] = ..., software: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_examples: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., running: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("assignment_id", "done", "total")
+    ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    assignment_id: str
+    done: int
+    total: int
+    def __init__(self, assignment_id: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
+
+class Sums(_message.Message):
+    __slots__ = ("assignment_id", "reals", "integers", "examples")
+    ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    REALS_FIELD_NUMBER: _ClassVar[int]
+    INTEGERS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    assignment_id: str
+    reals: Reals
+    integers: Integers
+    examples: int
+    def __init__(self, assignment_id: _Optional[str] = ..., reals: _Optional[_Union[Reals, _Mapping]] = ..., integers: _Optional[_Union[Integers, _Mapping]] = ..., examples: _Optional[int] = ...) -> None: ...
+
+class Reals(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Integers(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, values: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("assignment_id", "reason", "detail")
+    ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    assignment_id: str
+    reason: str
+    detail: str
+    def __init__(self, assignment_id: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class Leaving(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ToAgent(_message.Message):
+    __slots__ = ("welcome", "heartbeat", "assignment", "cancel", "settlement", "goodbye")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    SETTLEMENT_FIELD_NUMBER: _ClassVar[int]
+    GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    welcome: Welcome
+    heartbeat: Heartbeat
+    assignment: Assignment
+    cancel: Cancel
+    settlement: Settlement
+    goodbye: Goodbye
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., assignment: _Optional[_Union[Assignment, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("session", "heartbeat_s", "settlement")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_S_FIELD_NUMBER: _ClassVar[int]
+    SETTLEMENT_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    heartbeat_s: float
+    settlement: Settlement
+    def __init__(self, session: _Optional[bytes] = ..., heartbeat_s: _Optional[float] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ...) -> None: ...
+
+class Assignment(_message.Message):
+    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "fit", "gradient", "evaluate", "summarize")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    RETURNS_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_OUT_VALID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MODEL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    SUMMARIZE_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    run: str
+    task: str
+    strategy: str
+    seed: int
+    round: int
+    returns: Returns
+    holds_out_valid: bool
+    model_digest: bytes
+    model_bytes: int
+    fit: Fit
+    gradient: Gradient
+    evaluate: Evaluate
+    summarize: Summarize
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
+
+class Fit(_message.Message):
+    __slots__ = ("epochs", "steps", "batch_size", "lr", "proximal", "control_variates", "mixed_precision")
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LR_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_VARIATES_FIELD_NUMBER: _ClassVar[int]
+    MIXED_PRECISION_FIELD_NUMBER: _ClassVar[int]
+    epochs: int
+    steps: int
+    batch_size: int
+    lr: float
+    proximal: float
+    control_variates: bool
+    mixed_precision: bool
+    def __init__(self, epochs: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., lr: _Optional[float] = ..., proximal: _Optional[float] = ..., control_variates: _Optional[bool] = ..., mixed_precision: _Optional[bool] = ...) -> None: ...
+
+class Gradient(_message.Message):
+    __slots__ = ("batch_size",)
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    batch_size: int
+    def __init__(self, batch_size: _Optional[int] = ...) -> None: ...
+
+class Evaluate(_message.Message):
+    __slots__ = ("split", "batch_size")
+    SPLIT_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    split: str
+    batch_size: int
+    def __init__(self, split: _Optional[str] = ..., batch_size: _Optional[int] = ...) -> None: ...
+
+class Summarize(_message.Message):
+    __slots__ = ("moments", "histogram", "label_counts")
+    MOMENTS_FIELD_NUMBER: _ClassVar[int]
+    HISTOGRAM_FIELD_NUMBER: _ClassVar[int]
+    LABEL_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    moments: Moments
+    histogram: Histogram
+    label_counts: LabelCounts
+    def __init__(self, moments: _Optional[_Union[Moments, _Mapping]] = ..., histogram: _Optional[_Union[Histogram, _Mapping]] = ..., label_counts: _Optional[_Union[LabelCounts, _Mapping]] = ...) -> None: ...
+
+class Moments(_message.Message):
+    __slots__ = ("bounds",)
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedCompositeFieldContainer[Interval]
+    def __init__(self, bounds: _Optional[_Iterable[_Union[Interval, _Mapping]]] = ...) -> None: ...
+
+class Interval(_message.Message):
+    __slots__ = ("low", "high")
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    low: float
+    high: float
+    def __init__(self, low: _Optional[float] = ..., high: _Optional[float] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("feature", "edges")
+    FEATURE_FIELD_NUMBER: _ClassVar[int]
+    EDGES_FIELD_NUMBER: _ClassVar[int]
+    feature: int
+    edges: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, feature: _Optional[int] = ..., edges: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class LabelCounts(_message.Message):
+    __slots__ = ("classes",)
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    classes: int
+    def __init__(self, classes: _Optional[int] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("assignment_id",)
+    ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    assignment_id: str
+    def __init__(self, assignment_id: _Optional[str] = ...) -> None: ...
+
+class Settlement(_message.Message):
+    __slots__ = ("accepted", "dropped")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    accepted: _containers.RepeatedScalarFieldContainer[str]
+    dropped: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, accepted: _Optional[_Iterable[str]] = ..., dropped: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Goodbye(_message.Message):
+    __slots__ = ("reason", "detail")
+    class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        REASON_UNSPECIFIED: _ClassVar[Goodbye.Reason]
+        PROTOCOL: _ClassVar[Goodbye.Reason]
+        REPLACED: _ClassVar[Goodbye.Reason]
+        MALFORMED: _ClassVar[Goodbye.Reason]
+        STOPPING: _ClassVar[Goodbye.Reason]
+    REASON_UNSPECIFIED: Goodbye.Reason
+    PROTOCOL: Goodbye.Reason
+    REPLACED: Goodbye.Reason
+    MALFORMED: Goodbye.Reason
+    STOPPING: Goodbye.Reason
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    reason: Goodbye.Reason
+    detail: str
+    def __init__(self, reason: _Optional[_Union[Goodbye.Reason, str]] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class DownloadRequest(_message.Message):
+    __slots__ = ("assignment_id", "offset")
+    ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    assignment_id: str
+    offset: int
+    def __init__(self, assignment_id: _Optional[str] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class UploadPiece(_message.Message):
+    __slots__ = ("announcement", "data")
+    ANNOUNCEMENT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    announcement: Announcement
+    data: bytes
+    def __init__(self, announcement: _Optional[_Union[Announcement, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Announcement(_message.Message):
+    __slots__ = ("assignment_id", "examples", "loss", "extras", "payload_bytes", "digest")
+    ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    EXTRAS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    assignment_id: str
+    examples: int
+    loss: float
+    extras: _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Extra]
+    payload_bytes: int
+    digest: bytes
+    def __init__(self, assignment_id: _Optional[str] = ..., examples: _Optional[int] = ..., loss: _Optional[float] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class UploadReply(_message.Message):
+    __slots__ = ("have", "taken", "refused")
+    HAVE_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    have: int
+    taken: Taken
+    refused: Refusal
+    def __init__(self, have: _Optional[int] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., refused: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class Taken(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

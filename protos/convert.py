@@ -1,0 +1,247 @@
+"""Between the messages of `agents.proto` and the library's own values. What came over the wire is checked here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fedkit.codec import Header as CodecHeader
+from fedkit.codec import Limits
+from fedkit.config import parse
+from fedkit.errors import ConfigError, PayloadError, Reason, Refused
+from fedkit.protos import agents_pb2 as pb
+from fedkit.protos import tensors_pb2
+from fedkit.queries import Histogram, LabelCounts, Moments, Query
+from fedkit.rounds.assignment import Assignment, Parcel, Returns
+from fedkit.weights import Manifest
+from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Summarize, Summary, Work
+
+__all__ = [
+    "NAME",
+    "assignment_from_proto",
+    "assignment_to_proto",
+    "extras_from_proto",
+    "extras_to_proto",
+    "header_from_proto",
+    "header_to_proto",
+    "refusal_from_proto",
+    "refusal_to_proto",
+    "require_name",
+    "sums_from_proto",
+    "sums_to_proto",
+]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_ID = re.compile(r"[0-9a-f]{32}")
+_DETAIL = 200  # characters
+_MAX_EXTRAS = 16
+
+_RETURNS: dict[Returns, Any] = {"update": pb.UPDATE, "weights": pb.WEIGHTS, "sums": pb.SUMS}
+_FROM_CLIENTS = frozenset(
+    {
+        Reason.FAILED,
+        Reason.NO_DATA,
+        Reason.POLICY,
+        Reason.DONE,
+        Reason.EXAMPLES,
+        Reason.SHAPE,
+        Reason.CANCELLED,
+        Reason.LOST,
+        Reason.PAYLOAD,
+    }
+)
+
+
+def require_name(text: str, what: str) -> str:
+    """`text`, which names something; raises `PayloadError` for what could be taken for a path or a command."""
+    if not NAME.fullmatch(text):
+        raise PayloadError(f"{what} must be 1 to 100 of A-Z a-z 0-9 _ . - and begin with a letter or digit")
+    return text
+
+
+# -- assignments -------------------------------------------------------------------------------------------------------
+
+
+def assignment_to_proto(
+    assignment: Assignment, *, task: str, strategy: str, holds_out_valid: bool, model_digest: bytes, model_bytes: int
+) -> pb.Assignment:
+    """The message that asks for `assignment`."""
+    message = pb.Assignment(
+        id=assignment.id,
+        run=assignment.run,
+        task=task,
+        strategy=strategy,
+        seed=assignment.seed,
+        round=assignment.round,
+        returns=_RETURNS[assignment.returns],
+        holds_out_valid=holds_out_valid,
+        model_digest=model_digest,
+        model_bytes=model_bytes,
+    )
+    _put_work(message, assignment.work)
+    return message
+
+
+def _put_work(message: pb.Assignment, work: Work) -> None:
+    if isinstance(work, Summarize):
+        _put_query(message.summarize, work.query)
+        return
+    fields = {name: value for name, value in work.to_dict().items() if value is not None}
+    if fields.get("batch_size") == "all":
+        fields["batch_size"] = 0
+    name, kind = {Fit: ("fit", pb.Fit), Gradient: ("gradient", pb.Gradient), Evaluate: ("evaluate", pb.Evaluate)}[
+        type(work)
+    ]
+    getattr(message, name).CopyFrom(kind(**fields))
+
+
+def _put_query(message: pb.Summarize, query: Query) -> None:
+    if isinstance(query, Moments):
+        message.moments.SetInParent()
+        message.moments.bounds.extend(pb.Interval(low=low, high=high) for low, high in query.bounds or [])
+    elif isinstance(query, Histogram):
+        message.histogram.CopyFrom(pb.Histogram(feature=query.feature, edges=query.edges))
+    else:
+        message.label_counts.CopyFrom(pb.LabelCounts(classes=query.classes))
+
+
+def assignment_from_proto(message: pb.Assignment, client: str) -> Assignment:
+    """The assignment a message asks for; raises `PayloadError` for one that makes no sense."""
+    if not _ID.fullmatch(message.id):
+        raise PayloadError("an assignment's id is 32 hexadecimal characters")
+    returns = next((name for name, number in _RETURNS.items() if number == message.returns), None)
+    if returns is None:
+        raise PayloadError(f"assignment {message.id} does not say what it returns")
+    run = require_name(message.run, "a run's name")
+    require_name(message.task, "a task's name")
+    try:
+        work = _work(message)
+    except ConfigError as error:
+        raise PayloadError(f"assignment {message.id}: {error}") from None
+    return Assignment(message.id, run, message.seed, message.round, client, work, returns)
+
+
+def _work(message: pb.Assignment) -> Work:
+    kind = message.WhichOneof("work")
+    if kind == "summarize":
+        return Summarize(query=_query(message.summarize))
+    if kind == "fit":
+        return parse(Fit, _sized(message.fit), where="fit")
+    if kind == "gradient":
+        return parse(Gradient, _sized(message.gradient), where="gradient")
+    if kind == "evaluate":
+        return parse(Evaluate, _fields(message.evaluate), where="evaluate")
+    raise PayloadError(f"assignment {message.id} asks for no work that is known here: update the agent")
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    found = {}
+    for field in message.DESCRIPTOR.fields:
+        if not field.has_presence or message.HasField(field.name):
+            found[field.name] = getattr(message, field.name)
+    return found
+
+
+def _sized(message: pb.Fit | pb.Gradient) -> dict[str, Any]:
+    return _fields(message) | ({"batch_size": "all"} if message.batch_size == 0 else {})
+
+
+def _query(message: pb.Summarize) -> Query:
+    kind = message.WhichOneof("query")
+    if kind == "moments":
+        bounds = [(interval.low, interval.high) for interval in message.moments.bounds]
+        return Moments(bounds=bounds or None)
+    if kind == "histogram":
+        return Histogram(feature=message.histogram.feature, edges=list(message.histogram.edges))
+    if kind == "label_counts":
+        return LabelCounts(classes=message.label_counts.classes)
+    raise PayloadError("the question is not known here: update the agent")
+
+
+# -- payloads ----------------------------------------------------------------------------------------------------------
+
+
+def header_to_proto(parcel: Parcel, digest: bytes) -> tensors_pb2.Header:
+    """What announces a parcel."""
+    sizes = {name: vector.size for name, vector in parcel.extra.items()}
+    return tensors_pb2.Header(
+        manifest=parcel.model.manifest.to_json(),
+        extras=extras_to_proto(sizes),
+        payload_bytes=parcel.payload_bytes,
+        digest=digest,
+    )
+
+
+def header_from_proto(message: tensors_pb2.Header, limits: Limits = Limits()) -> tuple[Manifest, dict[str, int]]:
+    """The manifest and the extras' sizes that a header announces; raises `PayloadError`."""
+    if len(message.manifest) > limits.header_bytes:
+        raise PayloadError(f"the manifest has {len(message.manifest)} characters, too many")
+    manifest = Manifest.from_json(message.manifest)
+    extras = extras_from_proto(message.extras, manifest.size)
+    due = 4 * (manifest.size + sum(extras.values()))
+    if message.payload_bytes != due or due > limits.payload_bytes:
+        raise PayloadError(f"the header announces {message.payload_bytes} bytes, its tensors need {due}")
+    if len(message.digest) != 32:
+        raise PayloadError("a digest has 32 bytes")
+    CodecHeader(manifest, 4 * manifest.size, message.digest.hex())
+    return manifest, extras
+
+
+def extras_to_proto(sizes: Mapping[str, int]) -> list[tensors_pb2.Extra]:
+    """Names and lengths, sorted by name."""
+    return [tensors_pb2.Extra(name=name, length=sizes[name]) for name in sorted(sizes)]
+
+
+def extras_from_proto(extras: Any, model_size: int) -> dict[str, int]:
+    """Names and lengths; raises `PayloadError` where they are more than any strategy sends."""
+    sizes = {extra.name: int(extra.length) for extra in extras}
+    if len(sizes) != len(extras) or list(sizes) != sorted(sizes) or len(sizes) > _MAX_EXTRAS:
+        raise PayloadError(f"extra vectors are at most {_MAX_EXTRAS}, sorted by name, each named once")
+    if not all(0 < len(name) <= 100 and name.isprintable() for name in sizes):
+        raise PayloadError("an extra vector's name is 1 to 100 printable characters")
+    largest = max(4 * model_size, 1 << 20)
+    if sum(sizes.values()) > largest:
+        raise PayloadError(f"extra vectors of {sum(sizes.values())} elements, at most {largest} are taken")
+    return sizes
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+def sums_to_proto(assignment_id: str, answer: MetricSums | Summary) -> pb.Sums:
+    """An answer that is sums, inline."""
+    message = pb.Sums(assignment_id=assignment_id, examples=answer.examples)
+    if answer.vector.dtype == np.int64:
+        message.integers.values.extend(answer.vector.tolist())
+        message.integers.SetInParent()
+    else:
+        message.reals.values.extend(answer.vector.tolist())
+        message.reals.SetInParent()
+    return message
+
+
+def sums_from_proto(message: pb.Sums, work: Work) -> Answer:
+    """The sums that `work` asked for; raises `Refused` for another kind."""
+    kind = message.WhichOneof("vector")
+    if kind is None or (isinstance(work, Evaluate) and kind != "reals") or isinstance(work, Fit | Gradient):
+        raise Refused(Reason.SHAPE, "the answer is not what was asked for")
+    values = message.reals.values if kind == "reals" else message.integers.values
+    if isinstance(work, Evaluate):
+        return MetricSums(np.array(values, dtype=np.float64), int(message.examples))
+    vector: Any = np.array(values, dtype=np.float64 if kind == "reals" else np.int64)
+    return Summary(vector, int(message.examples))
+
+
+def refusal_to_proto(assignment_id: str, refused: Refused) -> pb.Refusal:
+    """A refusal as it may travel: the reason, and a detail that was made for others to read."""
+    return pb.Refusal(assignment_id=assignment_id, reason=refused.reason.value, detail=refused.detail[:_DETAIL])
+
+
+def refusal_from_proto(message: pb.Refusal) -> Refused:
+    """A client's refusal; a reason that clients cannot have counts as `failed`."""
+    known = {reason.value: reason for reason in _FROM_CLIENTS}
+    detail = "".join(c for c in message.detail[:_DETAIL] if c.isprintable())
+    return Refused(known.get(message.reason, Reason.FAILED), detail)

@@ -1,0 +1,327 @@
+"""Between the messages of `operators.proto` and the library's own values, and between errors and gRPC's codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import grpc
+from blake3 import blake3
+
+from fedkit import errors
+from fedkit.codec import Header, Limits
+from fedkit.errors import FedkitError, PayloadError, Reason
+from fedkit.protos import operators_pb2 as pb
+from fedkit.protos import tensors_pb2
+from fedkit.protos.convert import header_from_proto
+from fedkit.rounds.call import Refusal
+from fedkit.rounds.conduct import Best, Outcome
+from fedkit.rounds.journal import RoundRecord
+from fedkit.status import ClientState, ClientStatus, JobStatus, RunState, RunStatus, Status
+from fedkit.weights import Weights
+
+__all__ = [
+    "ERROR_KEY",
+    "client_from_proto",
+    "client_to_proto",
+    "code_of",
+    "error_from",
+    "error_text",
+    "model_header_from_proto",
+    "model_header_to_proto",
+    "outcome_from_proto",
+    "outcome_to_proto",
+    "packed_digest",
+    "packed_header",
+    "record_from_proto",
+    "record_to_proto",
+    "run_from_proto",
+    "run_to_proto",
+    "status_from_proto",
+]
+
+ERROR_KEY = "fedkit-error"  # trailing metadata: the error's class, where a code stands for several
+_TEXT_BYTES = 2000  # of an error, in UTF-8: trailing metadata beyond 8 KiB loses the whole answer
+_MOST = (1 << 63) - 1  # settings have no upper bound, fields of messages have
+
+_CODES: tuple[tuple[type[FedkitError], grpc.StatusCode], ...] = (  # the first that fits
+    (errors.NameTaken, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.NoSuchRun, grpc.StatusCode.NOT_FOUND),
+    (errors.ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.TaskError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.IncompatibleStrategy, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.PayloadError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.ManifestMismatch, grpc.StatusCode.INVALID_ARGUMENT),
+    (FedkitError, grpc.StatusCode.FAILED_PRECONDITION),
+)
+_SPOKEN: dict[str, type[FedkitError]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.DataError,
+        errors.IncompatibleStrategy,
+        errors.ManifestMismatch,
+        errors.MetricNotSummable,
+        errors.PayloadError,
+        errors.RunCancelled,
+        errors.RunFailed,
+        errors.StateError,
+        errors.TaskError,
+    )
+}
+_PLAIN: dict[grpc.StatusCode, type[FedkitError]] = {
+    grpc.StatusCode.ALREADY_EXISTS: errors.NameTaken,
+    grpc.StatusCode.NOT_FOUND: errors.NoSuchRun,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.ConfigError,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.RunError,
+}
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def code_of(error: FedkitError) -> grpc.StatusCode:
+    """The gRPC code that stands for an error of this kind."""
+    return next(code for kind, code in _CODES if isinstance(error, kind))
+
+
+def error_text(error: FedkitError) -> str:
+    """What an error says, short enough for a gRPC status."""
+    raw = str(error).encode()
+    return str(error) if len(raw) <= _TEXT_BYTES else raw[:_TEXT_BYTES].decode(errors="ignore") + " ..."
+
+
+def error_from(code: grpc.StatusCode, text: str, name: str) -> FedkitError | None:
+    """The error that was raised at the other side; None for a code that no error of ours has."""
+    text = "\n".join(_shown(line) for line in text.splitlines())
+    return _SPOKEN.get(name, _PLAIN[code])(text) if code in _PLAIN else None
+
+
+def _shown(text: str) -> str:
+    """Text that came over the wire, without what could steer a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------------
+
+
+def record_to_proto(record: RoundRecord) -> pb.Round:
+    """One line of a run's history."""
+    return pb.Round(
+        round=record.round,
+        attempt=_bounded(record.attempt),
+        clients=record.clients,
+        examples=_bounded(record.examples),
+        loss=record.loss,
+        metrics=record.metrics,
+        per_client=_scores_to_proto(record.per_client),
+        seconds=record.seconds,
+        bytes_up=_bounded(record.bytes_up),
+        bytes_down=_bounded(record.bytes_down),
+        refusals=_refusals_to_proto(record.refusals),
+        epsilon=record.epsilon,
+        best=record.best,
+    )
+
+
+def record_from_proto(message: pb.Round) -> RoundRecord:
+    """One line of a run's history; "loss" comes first among metrics, then the others by name."""
+    return RoundRecord(
+        round=message.round,
+        attempt=message.attempt,
+        clients=tuple(_shown(client) for client in message.clients),
+        examples=message.examples,
+        loss=message.loss if message.HasField("loss") else None,
+        metrics=_values(message.metrics),
+        per_client=_scores(message.per_client),
+        seconds=message.seconds,
+        bytes_up=message.bytes_up,
+        bytes_down=message.bytes_down,
+        refusals=_refusals(message.refusals),
+        epsilon=_values(message.epsilon),
+        best=message.best,
+    )
+
+
+def _bounded(count: int) -> int:
+    return min(count, _MOST)
+
+
+def _scores_to_proto(scores: Mapping[str, Mapping[str, float]]) -> dict[str, pb.Scores]:
+    return {client: pb.Scores(values=values) for client, values in scores.items()}
+
+
+def _values(found: Mapping[str, float]) -> dict[str, float]:
+    return {_shown(name): found[name] for name in sorted(found, key=lambda name: (name != "loss", name))}
+
+
+def _scores(found: Mapping[str, pb.Scores]) -> dict[str, dict[str, float]]:
+    return {_shown(client): _values(found[client].values) for client in sorted(found)}
+
+
+def _refusals_to_proto(refusals: Iterable[Refusal]) -> list[pb.RoundRefusal]:
+    return [pb.RoundRefusal(client=one.client, reason=one.reason.value, detail=one.detail) for one in refusals]
+
+
+def _refusals(messages: Iterable[pb.RoundRefusal]) -> tuple[Refusal, ...]:
+    return tuple(_refusal(message) for message in messages)
+
+
+def _refusal(message: pb.RoundRefusal) -> Refusal:
+    try:
+        return Refusal(_shown(message.client), Reason(message.reason), _shown(message.detail))
+    except ValueError:  # a newer coordinator knows more reasons
+        return Refusal(_shown(message.client), Reason.FAILED, _shown(f"{message.reason}: {message.detail}"))
+
+
+# -- runs and clients --------------------------------------------------------------------------------------------------
+
+
+def run_to_proto(status: RunStatus) -> pb.Run:
+    """One run."""
+    return pb.Run(
+        name=status.name,
+        task=status.task,
+        strategy=status.strategy,
+        state=status.state,
+        round=_bounded(max(status.round, 0)),
+        rounds=_bounded(status.rounds),
+        seed=status.seed,
+        detail=status.detail,
+        submitted_at=status.submitted_at,
+        ended_at=status.ended_at,
+        last=None if status.last is None else record_to_proto(status.last),
+        models=status.models,
+    )
+
+
+def run_from_proto(message: pb.Run) -> RunStatus:
+    """One run."""
+    return RunStatus(
+        name=_shown(message.name),
+        task=_shown(message.task),
+        strategy=_shown(message.strategy),
+        state=cast(RunState, _shown(message.state)),
+        round=message.round,
+        rounds=message.rounds,
+        seed=message.seed,
+        detail=_shown(message.detail),
+        submitted_at=message.submitted_at,
+        ended_at=message.ended_at,
+        last=record_from_proto(message.last) if message.HasField("last") else None,
+        models=tuple(_shown(model) for model in message.models),
+    )
+
+
+def client_to_proto(status: ClientStatus) -> pb.Client:
+    """One client."""
+    return pb.Client(
+        name=status.name,
+        state=status.state,
+        tasks=status.tasks,
+        since_s=status.since_s,
+        jobs=[_job_to_proto(job) for job in status.jobs],
+        last_refusal=status.last_refusal,
+    )
+
+
+def _job_to_proto(job: JobStatus) -> pb.Job:
+    return pb.Job(
+        run=job.run,
+        round=job.round,
+        assignment_id=job.assignment_id,
+        work=job.work,
+        done=_bounded(job.done),
+        total=_bounded(job.total),
+    )
+
+
+def client_from_proto(message: pb.Client) -> ClientStatus:
+    """One client."""
+    jobs = [
+        JobStatus(
+            _shown(job.run), job.round, _shown(job.assignment_id), _shown(job.work), int(job.done), int(job.total)
+        )
+        for job in message.jobs
+    ]
+    return ClientStatus(
+        name=_shown(message.name),
+        state=cast(ClientState, _shown(message.state)),
+        tasks=tuple(_shown(task) for task in message.tasks),
+        since_s=message.since_s,
+        jobs=tuple(jobs),
+        last_refusal=_shown(message.last_refusal),
+    )
+
+
+def status_from_proto(message: pb.StatusReply) -> Status:
+    """Clients and runs."""
+    clients = tuple(client_from_proto(client) for client in message.clients)
+    return Status(clients, tuple(run_from_proto(run) for run in message.runs), _shown(message.software))
+
+
+# -- outcomes ----------------------------------------------------------------------------------------------------------
+
+
+def outcome_to_proto(outcome: Outcome) -> pb.Outcome:
+    """Everything of an outcome but weights and state, which `FetchModel` gives."""
+    best = outcome.best
+    return pb.Outcome(
+        history=[record_to_proto(record) for record in outcome.history],
+        abandoned=[record_to_proto(record) for record in outcome.abandoned],
+        test=outcome.test,
+        test_per_client=_scores_to_proto(outcome.test_per_client),
+        refusals=_refusals_to_proto(outcome.refusals),
+        best=None if best is None else pb.Best(round=best.round, metrics=best.metrics, test=best.test),
+    )
+
+
+def outcome_from_proto(
+    message: pb.Outcome,
+    *,
+    history: list[RoundRecord],
+    weights: Weights,
+    best: Weights | None,
+    state: Mapping[str, Any],
+) -> Outcome:
+    """An outcome, put together from what came in several calls; `best` is needed where the message has a best round."""
+    found = None
+    if message.HasField("best") and best is not None:
+        found = Best(int(message.best.round), best, _values(message.best.metrics), _values(message.best.test))
+    return Outcome(
+        weights=weights,
+        history=history,
+        abandoned=[record_from_proto(record) for record in message.abandoned],
+        test=_values(message.test),
+        test_per_client=_scores(message.test_per_client),
+        best=found,
+        refusals=_refusals(message.refusals),
+        state=state,
+    )
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+def model_header_to_proto(header: Header) -> tensors_pb2.Header:
+    """What announces a model that travels alone."""
+    return tensors_pb2.Header(
+        manifest=header.manifest.to_json(), payload_bytes=header.payload_bytes, digest=bytes.fromhex(header.digest)
+    )
+
+
+def model_header_from_proto(message: tensors_pb2.Header, limits: Limits = Limits()) -> Header:
+    """The header of a model that travels alone; raises `PayloadError` for one beyond `limits` or with extras."""
+    manifest, extras = header_from_proto(message, limits)
+    if extras:
+        raise PayloadError("a model that travels alone has no extra vectors")
+    return Header(manifest, int(message.payload_bytes), message.digest.hex())
+
+
+def packed_header(packed: bytes) -> tensors_pb2.Header:
+    """What announces packed bytes: the header of a payload without a manifest."""
+    return tensors_pb2.Header(payload_bytes=len(packed), digest=packed_digest(packed))
+
+
+def packed_digest(packed: bytes | bytearray) -> bytes:
+    """The digest of packed bytes, as `Header.digest` defines it for an empty manifest."""
+    return blake3(blake3().hexdigest().encode()).update(packed).digest()

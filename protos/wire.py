@@ -1,0 +1,104 @@
+"""gRPC methods made from the service descriptors, so that no method can be forgotten on either side.
+
+Messages that carry tensors pass as bytes and are framed by hand: protobuf's own copy of a 1 MiB field would cost as
+much as sending it. What is framed here is what any protobuf library reads and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
+
+__all__ = ["CHANNEL_OPTIONS", "PROTOCOL", "SERVER_OPTIONS", "SESSION_KEY", "Calls", "frame", "handlers", "unframe"]
+
+PROTOCOL = 1
+SESSION_KEY = "fedkit-session-bin"
+
+SERVER_OPTIONS = [
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # the name that grpc 1.85 heeds on servers too
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.so_reuseport", 0),  # a second coordinator on the same port is an error, not a lottery
+]
+CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.enable_retries", 0),  # reconnecting and resuming are ours
+]
+
+_FRAMED = frozenset({"fedkit.v1.Piece", "fedkit.v1.UploadPiece"})
+_DATA = 0x12  # field 2 of both, length-delimited
+
+
+def frame(chunk: memoryview | bytes) -> bytes:
+    """A `Piece` or `UploadPiece` whose `data` is `chunk`, serialised."""
+    head, length = bytearray((_DATA,)), len(chunk)
+    while length > 0x7F:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    head.append(length)
+    return b"".join((head, chunk))
+
+
+def unframe(raw: bytes) -> memoryview | None:
+    """The `data` of a serialised `Piece` or `UploadPiece` without a copy; None where it holds something else."""
+    if not raw or raw[0] != _DATA:
+        return None
+    length, shift, at = 0, 0, 1
+    while at < len(raw) and shift < 35:
+        byte = raw[at]
+        length |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return memoryview(raw)[at:] if length == len(raw) - at else None
+    return None
+
+
+def _parser(message: Descriptor) -> Callable[[bytes], Any] | None:
+    return None if message.full_name in _FRAMED else message_factory.GetMessageClass(message).FromString
+
+
+def _serializer(message: Descriptor) -> Callable[[Any], bytes] | None:
+    return None if message.full_name in _FRAMED else message_factory.GetMessageClass(message).SerializeToString
+
+
+def _shape(method: MethodDescriptor) -> str:
+    sides = (method.client_streaming, method.server_streaming)
+    return "_".join("stream" if many else "unary" for many in sides)
+
+
+def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler[Any, Any]:
+    """What serves every method of `service` by the servicer's method of the same name in snake_case."""
+    found = {}
+    for method in service.methods:
+        make = getattr(grpc, f"{_shape(method)}_rpc_method_handler")
+        behaviour = getattr(servicer, _snake(method.name))
+        found[method.name] = make(behaviour, _parser(method.input_type), _serializer(method.output_type))
+    return grpc.method_handlers_generic_handler(service.full_name, found)
+
+
+class Calls:
+    """Every method of a service as an attribute in snake_case, over a plain or an aio channel."""
+
+    def __init__(self, channel: Any, service: ServiceDescriptor) -> None:
+        for method in service.methods:
+            make = getattr(channel, _shape(method))
+            path = f"/{service.full_name}/{method.name}"
+            call = make(
+                path,
+                request_serializer=_serializer(method.input_type),
+                response_deserializer=_parser(method.output_type),
+            )
+            setattr(self, _snake(method.name), call)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the service has no method {name!r}")
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")

@@ -1,0 +1,289 @@
+"""The agents' service: attendance, models out, answers in. What arrives is checked before anything is made of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Literal, Protocol
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from fedkit.errors import PayloadError, Reason, Refused
+from fedkit.protos import agents_pb2 as pb
+from fedkit.protos import convert
+from fedkit.protos.wire import PROTOCOL, SESSION_KEY, unframe
+from fedkit.server.attendance import Attendance, Session
+from fedkit.server.errands import Errand, require_examples
+from fedkit.server.metrics import Metrics
+from fedkit.spool import Spool
+
+__all__ = ["AgentService", "Register"]
+
+log = structlog.get_logger("fedkit.server")
+
+_HELLO_S = 10.0  # a stream that says nothing for so long is closed
+_MAX_HELD = 10_000
+
+
+class Register(Protocol):
+    """Where it is written down who attends and what became of results."""
+
+    def saw(self, name: str, *, tasks: list[str], max_examples: int) -> None:
+        """The client is here."""
+        ...
+
+    def mark(self, name: str, state: Literal["here", "away", "left"]) -> None:
+        """The client is "away" or has "left"."""
+        ...
+
+    def fates(self, ids: list[str]) -> tuple[list[str], list[str]]:
+        """Those of the ids that were accepted, and those that were dropped."""
+        ...
+
+
+class _Unwelcome(Exception):
+    def __init__(self, reason: Any, detail: str) -> None:
+        super().__init__(detail)
+        self.goodbye = pb.ToAgent(goodbye=pb.Goodbye(reason=reason, detail=detail))
+
+
+class AgentService:
+    """Implements `service Agents` of agents.proto for a grpc.aio server."""
+
+    def __init__(self, attendance: Attendance, register: Register, metrics: Metrics, *, heartbeat_s: float) -> None:
+        self._attendance = attendance
+        self._register = register
+        self._metrics = metrics
+        self._heartbeat_s = heartbeat_s
+
+    # -- attendance ----------------------------------------------------------------------------------------------------
+
+    async def attend(self, requests: AsyncIterator[pb.FromAgent], context: Any) -> AsyncIterator[pb.ToAgent]:  # noqa: ARG002
+        """One agent from its hello to the end of its stream."""
+        try:
+            session, held = await self._admit(requests)
+        except _Unwelcome as unwelcome:
+            yield unwelcome.goodbye
+            return
+        reading = asyncio.create_task(self._read(session, requests))
+        try:
+            yield self._welcome(session, held)
+            while (message := await self._next(session)) is not None:
+                yield message
+        finally:
+            reading.cancel()
+            self._depart(session)
+
+    async def _admit(self, requests: AsyncIterator[pb.FromAgent]) -> tuple[Session, list[str]]:
+        try:
+            first = await asyncio.wait_for(anext(requests), _HELLO_S)
+        except (TimeoutError, StopAsyncIteration):
+            raise _Unwelcome(pb.Goodbye.MALFORMED, "the first message must be Hello, at once") from None
+        hello = _checked_hello(first)
+        session = Session(hello.client, hello.instance, frozenset(hello.tasks), int(hello.max_examples))
+        before = self._attendance.sessions.get(session.name)
+        if before is not None and before.instance != session.instance:
+            detail = f"another process attends as {session.name}"
+            before.end(pb.ToAgent(goodbye=pb.Goodbye(reason=pb.Goodbye.REPLACED, detail=detail)))
+        self._register.saw(session.name, tasks=sorted(session.tasks), max_examples=session.max_examples)
+        self._attendance.arrive(session)
+        log.info("client here", client=session.name, software=hello.software, tasks=sorted(session.tasks))
+        return session, [*hello.held, *hello.running]
+
+    def _welcome(self, session: Session, held: list[str]) -> pb.ToAgent:
+        accepted, dropped = self._register.fates(held)
+        settlement = pb.Settlement(accepted=accepted, dropped=dropped)
+        return pb.ToAgent(
+            welcome=pb.Welcome(session=session.token, heartbeat_s=self._heartbeat_s, settlement=settlement)
+        )
+
+    async def _next(self, session: Session) -> pb.ToAgent | None:
+        """The next message for the agent, a heartbeat where there is none, None at the end."""
+        if not session.outgoing.empty():
+            return session.outgoing.get_nowait()
+        try:
+            return await asyncio.wait_for(session.outgoing.get(), self._heartbeat_s)
+        except TimeoutError:
+            return pb.ToAgent(heartbeat=pb.Heartbeat())
+
+    def _depart(self, session: Session) -> None:
+        if self._attendance.depart(session):
+            state: Literal["left", "away"] = "left" if session.left else "away"
+            self._register.mark(session.name, state)
+            log.info("client gone", client=session.name, state=state, open=len(session.errands))
+
+    def say_stopping(self) -> None:
+        """Tells every agent that the coordinator ends, and that it is expected back."""
+        goodbye = pb.ToAgent(goodbye=pb.Goodbye(reason=pb.Goodbye.STOPPING, detail="the coordinator ends"))
+        for session in self._attendance.sessions.values():
+            session.end(goodbye)
+
+    def end_silent(self) -> None:
+        """Ends sessions that have said nothing for two heartbeats."""
+        limit = time.monotonic() - 2 * self._heartbeat_s
+        for session in [one for one in self._attendance.sessions.values() if one.heard < limit]:
+            log.warning("client silent", client=session.name, seconds=round(time.monotonic() - session.heard, 1))
+            self._depart(session)
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    async def _read(self, session: Session, requests: AsyncIterator[pb.FromAgent]) -> None:
+        try:
+            async for message in requests:
+                session.heard = time.monotonic()
+                self._dispatch(session, message)
+        except grpc.RpcError:
+            pass  # the stream broke; its end is the same as if the agent had closed it
+        finally:
+            session.end()
+
+    def _dispatch(self, session: Session, message: pb.FromAgent) -> None:
+        kind = message.WhichOneof("what")
+        if kind == "progress":
+            errand = session.errands.get(message.progress.assignment_id)
+            if errand is not None:
+                errand.done, errand.total = int(message.progress.done), int(message.progress.total)
+        elif kind == "sums":
+            self._summed(session, message.sums)
+        elif kind == "refusal":
+            self._settle(session, message.refusal.assignment_id, lambda _: convert.refusal_from_proto(message.refusal))
+        elif kind == "leaving":
+            session.left = True
+            session.end()
+        elif kind != "heartbeat":
+            bad = pb.Goodbye(reason=pb.Goodbye.MALFORMED, detail="a message of no known kind: update the agent")
+            session.end(pb.ToAgent(goodbye=bad))
+
+    def _summed(self, session: Session, sums: pb.Sums) -> None:
+        def answer(errand: Errand) -> Any:
+            require_examples(int(sums.examples), session.max_examples)
+            return convert.sums_from_proto(sums, errand.assignment.work)
+
+        self._settle(session, sums.assignment_id, answer)
+
+    def _settle(self, session: Session, key: str, outcome: Callable[[Errand], Any]) -> None:
+        errand = session.errands.get(key)
+        if errand is None:
+            self._unasked(session, key)
+            return
+        try:
+            errand.settle(outcome(errand))
+        except Refused as refused:
+            errand.settle(refused)
+
+    def _unasked(self, session: Session, key: str) -> Reason:
+        """Why nobody takes this answer; on record, because nothing waits for it."""
+        accepted, dropped = self._register.fates([key])
+        reason = Reason.DUPLICATE if accepted else Reason.LATE if dropped else Reason.UNKNOWN
+        self._metrics.refusals.labels(reason=reason.value).inc()
+        log.warning("unasked answer", client=session.name, reason=reason.value)
+        return reason
+
+    # -- tensors -------------------------------------------------------------------------------------------------------
+
+    async def download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[bytes]:
+        """The model of an assignment, from an offset on."""
+        session = await self._holder(context)
+        errand = session.errands.get(request.assignment_id)
+        if errand is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "this assignment is not open any more")
+            raise AssertionError("abort raises")
+        published = errand.published
+        if request.offset > published.payload_bytes or request.offset % 4:
+            await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the payload has {published.payload_bytes} bytes")
+        yield published.header
+        sent = self._metrics.bytes.labels(direction="down")
+        for piece in published.pieces(request.offset):
+            yield piece
+            sent.inc(len(piece))
+            session.heard = time.monotonic()
+
+    async def upload(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[pb.UploadReply]:
+        """The answer to an assignment: its announcement, then its bytes from where they are missing."""
+        session = await self._holder(context)
+        announced = await _announcement(requests)
+        if announced is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its announcement")
+            raise AssertionError("abort raises")
+        errand = session.errands.get(announced.assignment_id)
+        if errand is None:
+            yield _refusal(announced, Refused(self._unasked(session, announced.assignment_id)))
+            return
+        spool = None
+        try:
+            spool = errand.receive(announced, session.max_examples)
+            yield pb.UploadReply(have=spool.have)
+            if not await self._fill(spool, requests, session):
+                short = Refused(Reason.PAYLOAD, f"{spool.have} of {spool.payload_bytes} bytes arrived")
+                yield _refusal(announced, short)  # where the connection was cut, nothing is resumed after this line
+                raise short
+            errand.take(spool)
+        except Refused as refused:
+            if spool is None or errand.expects(spool):
+                errand.settle(refused)
+            yield _refusal(announced, refused)
+            return
+        yield pb.UploadReply(taken=pb.Taken())
+
+    async def _fill(self, spool: Spool, requests: AsyncIterator[bytes], session: Session) -> bool:
+        """Takes pieces until the spool is complete, or False; raises `Refused` for any that do not belong there."""
+        received = self._metrics.bytes.labels(direction="up")
+        while not spool.is_complete:
+            raw = await anext(requests, None)
+            if raw is None:
+                return False
+            chunk = unframe(raw)
+            if chunk is None:
+                raise Refused(Reason.PAYLOAD, "a piece is not data")
+            try:
+                spool.feed(chunk)
+            except PayloadError as error:
+                raise Refused(Reason.PAYLOAD, str(error)) from None
+            received.inc(len(chunk))
+            session.heard = time.monotonic()
+        return True
+
+    async def _holder(self, context: Any) -> Session:
+        token = dict(context.invocation_metadata() or ()).get(SESSION_KEY, b"")
+        session = self._attendance.holder(token) if isinstance(token, bytes) else None
+        if session is None:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "attend first; this session is over")
+            raise AssertionError("abort raises")
+        return session
+
+
+def _checked_hello(first: pb.FromAgent) -> pb.Hello:
+    hello = first.hello
+    if first.WhichOneof("what") != "hello":
+        raise _Unwelcome(pb.Goodbye.MALFORMED, "the first message must be Hello")
+    if hello.protocol != PROTOCOL:
+        detail = f"the agent speaks protocol {hello.protocol}, this coordinator {PROTOCOL}: update the older one"
+        raise _Unwelcome(pb.Goodbye.PROTOCOL, detail)
+    try:
+        convert.require_name(hello.client, "a client's name")
+        for task in hello.tasks:
+            convert.require_name(task, "a task's name")
+    except PayloadError as error:
+        raise _Unwelcome(pb.Goodbye.MALFORMED, str(error)) from None
+    if len(hello.instance) != 16 or not 0 < hello.max_examples < 1 << 40:
+        raise _Unwelcome(pb.Goodbye.MALFORMED, "instance has 16 bytes, max_examples is 1 to 2^40")
+    if len(hello.held) + len(hello.running) > _MAX_HELD or not 0 < len(hello.tasks) <= 1000:
+        raise _Unwelcome(pb.Goodbye.MALFORMED, f"1 to 1000 tasks and at most {_MAX_HELD} held results")
+    return hello
+
+
+async def _announcement(requests: AsyncIterator[bytes]) -> pb.Announcement | None:
+    with contextlib.suppress(DecodeError, TimeoutError, StopAsyncIteration):
+        raw = await asyncio.wait_for(anext(requests), _HELLO_S)
+        first = pb.UploadPiece.FromString(raw)
+        if first.WhichOneof("part") == "announcement":
+            return first.announcement
+    return None
+
+
+def _refusal(announced: pb.Announcement, refused: Refused) -> pb.UploadReply:
+    return pb.UploadReply(refused=convert.refusal_to_proto(announced.assignment_id, refused))

@@ -1,0 +1,103 @@
+"""The accepted answers of a run's open round, so that a coordinator that is started again need not ask for them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from fedkit.errors import StorageError
+from fedkit.packing import pack, unpack
+from fedkit.server.database import Database
+from fedkit.weights import Vector, Weights
+from fedkit.work import Answer, MetricSums, Summary, Update
+
+__all__ = ["Answers", "Reopen"]
+
+Reopen: TypeAlias = Callable[[Path, tuple[tuple[str, int], ...]], tuple[Weights, Mapping[str, Vector]] | None]
+
+_KINDS: dict[str, type[MetricSums | Summary]] = {"MetricSums": MetricSums, "Summary": Summary}
+
+
+class Answers:
+    """Answers by assignment id. Those of the last calls wait in memory for the transaction that notes the call.
+
+    The vectors of an update that lies in `spool` stay in their file.
+    """
+
+    def __init__(self, database: Database, round: int | None, spool: Path | None) -> None:
+        self._database = database
+        self._spool = None if spool is None else spool.resolve()
+        self._fresh: dict[str, Answer] = {}
+        self._written = {key for (key,) in database.rows("SELECT id FROM answers WHERE round = ?", (round,))}
+
+    def keep(self, key: str, answer: Answer) -> None:
+        """Keeps an answer in memory until `write`."""
+        self._fresh[key] = answer
+
+    def find(self, round: int, key: str, reopen: Reopen) -> Answer | None:
+        """The answer, where it is still here; `reopen` gives None for a spool file that is gone or short."""
+        if key in self._fresh:
+            return self._fresh[key]
+        if key not in self._written:
+            return None
+        row = self._database.row("SELECT file, content FROM answers WHERE round = ? AND id = ?", (round, key))
+        return None if row is None else self._from_row(row[0], row[1], reopen)
+
+    def write(self, connection: sqlite3.Connection, round: int) -> list[str]:
+        """Writes the answers kept so far as a part of a transaction; returns their ids, which are for `written`."""
+        rows = [(round, key, *self._to_row(answer)) for key, answer in self._fresh.items()]
+        connection.executemany("INSERT OR REPLACE INTO answers (round, id, file, content) VALUES (?, ?, ?, ?)", rows)
+        return list(self._fresh)
+
+    def written(self, keys: list[str]) -> None:
+        """The transaction stands: these answers need no memory any more."""
+        self._written.update(keys)
+        for key in keys:
+            self._fresh.pop(key, None)
+
+    def delete(self, connection: sqlite3.Connection, round: int) -> list[str]:
+        """Forgets the round's answers as a part of a transaction; returns their files, which are for `forget`."""
+        found = connection.execute("SELECT file FROM answers WHERE round = ? AND file IS NOT NULL", (round,)).fetchall()
+        connection.execute("DELETE FROM answers WHERE round = ?", (round,))
+        fresh = (self._file(answer) for answer in self._fresh.values())
+        return [*(file for (file,) in found), *(file for file in fresh if file is not None)]
+
+    def forget(self, files: list[str]) -> None:
+        """The transaction stands: the round's answers and their files are gone."""
+        self._fresh.clear()
+        self._written.clear()
+        for file in files:
+            assert self._spool is not None  # where there is a file, there is a folder
+            self._remove(self._spool / file)
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            text = f"{path}: {error.strerror}; the coordinator must be able to remove its own files"
+            raise StorageError(text) from error
+
+    def _file(self, answer: Answer) -> str | None:
+        """The name of the spool file that holds the answer's vectors, if one does."""
+        path = getattr(answer.weights, "path", None) if isinstance(answer, Update) else None
+        return path.name if path is not None and path.parent.resolve() == self._spool else None
+
+    def _to_row(self, answer: Answer) -> tuple[str | None, bytes]:
+        if not isinstance(answer, Update):
+            return None, pack((type(answer).__name__, answer.vector, answer.examples))
+        file, facts = self._file(answer), (answer.examples, answer.loss)
+        if file is not None:
+            return file, pack((*facts, answer.weights.manifest.digest, tuple(answer.sizes.items())))
+        return None, pack(("Update", answer.weights, *facts, dict(answer.extra)))
+
+    def _from_row(self, file: str | None, content: bytes, reopen: Reopen) -> Answer | None:
+        if file is None:
+            kind, *fields = unpack(content)
+            return Update(*fields) if kind == "Update" else _KINDS[kind](*fields)
+        examples, loss, manifest, sizes = unpack(content)
+        found = None if self._spool is None else reopen(self._spool / file, sizes)
+        if found is None or found[0].manifest.digest != manifest:
+            return None
+        return Update(found[0], examples, loss, found[1])

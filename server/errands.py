@@ -1,0 +1,155 @@
+"""Assignments under way: the model as it goes out, and the answer as it comes in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fedkit.codec import CHUNK_BYTES
+from fedkit.errors import PayloadError, Reason, Refused
+from fedkit.protos import agents_pb2 as pb
+from fedkit.protos import convert, tensors_pb2
+from fedkit.protos.wire import frame
+from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.spool import Spool, payload_digest, reopen
+from fedkit.weights import Vector
+from fedkit.work import Answer, Update
+
+__all__ = ["Errand", "Published"]
+
+
+class Published:
+    """A parcel as it goes out. Its frames are made once, when the first client fetches them, and shared by all."""
+
+    def __init__(self, parcel: Parcel) -> None:
+        self.parcel = parcel
+        self.digest = _digest(parcel)
+        self.payload_bytes = parcel.payload_bytes
+        header = convert.header_to_proto(parcel, self.digest)
+        self.header: bytes = tensors_pb2.Piece(header=header).SerializeToString()
+        self._chunks = list(_chunks(_vectors(parcel)))
+        self._frames: list[bytes | None] = [None] * len(self._chunks)
+
+    def pieces(self, offset: int) -> Iterator[bytes]:
+        """Serialised pieces with the payload from byte `offset` on."""
+        for i, (start, chunk) in enumerate(self._chunks):
+            if start >= offset:
+                yield self._frame(i, chunk)
+            elif start + len(chunk) > offset:
+                yield frame(chunk[offset - start :])
+
+    def _frame(self, i: int, chunk: memoryview) -> bytes:
+        found = self._frames[i]
+        if found is None:
+            found = self._frames[i] = frame(chunk)
+        return found
+
+
+def _vectors(parcel: Parcel) -> list[Vector]:
+    extras = [np.ascontiguousarray(parcel.extra[name], dtype="<f4") for name in sorted(parcel.extra)]
+    return [parcel.model.vector.astype("<f4", copy=False), *extras]
+
+
+def _digest(parcel: Parcel) -> bytes:
+    if not parcel.extra:
+        return bytes.fromhex(parcel.model.digest)
+    total = payload_digest(parcel.model.manifest.digest)
+    for vector in _vectors(parcel):
+        total.update(vector.view(np.uint8).data)
+    return total.digest()
+
+
+def _chunks(vectors: list[Vector]) -> Iterator[tuple[int, memoryview]]:
+    base = 0
+    for vector in vectors:
+        view = vector.view(np.uint8).data
+        for start in range(0, len(view), CHUNK_BYTES):
+            yield base + start, view[start : start + CHUNK_BYTES]
+        base += len(view)
+
+
+class Errand:
+    """One assignment from its question to its checked answer.
+
+    `answer` ends with the answer or with `Refused`. `done` of `total` steps is what the client last reported.
+    """
+
+    def __init__(self, assignment: Assignment, message: pb.Assignment, published: Published, folder: Path) -> None:
+        self.assignment = assignment
+        self.message = message
+        self.published = published
+        self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.done = 0
+        self.total = 0
+        self._path = folder / assignment.id
+        self._spool: Spool | None = None
+        self._announced: pb.Announcement | None = None
+
+    def receive(self, announced: pb.Announcement, max_examples: int) -> Spool:
+        """Where the announced bytes go. Raises `Refused` before any of them is taken; an upload before is cut off."""
+        manifest = self.published.parcel.model.manifest
+        if self.assignment.returns == "sums":
+            raise Refused(Reason.SHAPE, "this assignment is answered by sums")
+        require_examples(int(announced.examples), max_examples)
+        try:
+            extras = convert.extras_from_proto(announced.extras, manifest.size)
+        except PayloadError as error:
+            raise Refused(Reason.SHAPE, str(error)) from None
+        due = 4 * (manifest.size + sum(extras.values()))
+        if announced.payload_bytes != due:
+            raise Refused(Reason.SHAPE, f"the model has {due} bytes, {announced.payload_bytes} are announced")
+        if len(announced.digest) != 32:
+            raise Refused(Reason.PAYLOAD, "a digest has 32 bytes")
+        self.cut_off()
+        self._announced = announced
+        self._spool = Spool(self._path, manifest.digest, due, announced.digest, finite=True)
+        return self._spool
+
+    def expects(self, spool: Spool | None) -> bool:
+        """Whether this upload is the one that counts, and not one that a newer upload has cut off."""
+        return spool is self._spool
+
+    def take(self, spool: Spool) -> None:
+        """The whole answer is there: it is checked and handed to whoever waits. Raises `Refused`."""
+        assert self._announced is not None  # receive has set it
+        try:
+            path = spool.finish()
+        except PayloadError as error:
+            raise Refused(Reason.PAYLOAD, str(error)) from None
+        manifest = self.published.parcel.model.manifest
+        extras = {extra.name: int(extra.length) for extra in self._announced.extras}
+        found = reopen(path, manifest, extras)
+        assert found is not None  # it has just been written
+        loss = self._announced.loss if self._announced.HasField("loss") else None
+        self.settle(Update(found[0], int(self._announced.examples), loss, found[1]))
+
+    def settle(self, outcome: Answer | Refused) -> None:
+        """Ends the errand with an answer or a refusal; only the first one counts."""
+        if self.answer.done():
+            return
+        if isinstance(outcome, Refused):
+            self.answer.set_exception(outcome)
+            self.answer.exception()  # whoever waits sees it; nobody has to
+        else:
+            self.answer.set_result(outcome)
+
+    def cut_off(self) -> None:
+        """Ends the upload that is under way, if any; what has arrived of it stays."""
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
+
+    def discard(self) -> None:
+        """Nobody wants the answer any more."""
+        if self._spool is not None:
+            self._spool.discard()
+            self._spool = None
+
+
+def require_examples(examples: int, most: int) -> None:
+    """Raises `Refused` unless the count is from 1 to what the client has declared."""
+    if not 0 < examples <= most:
+        raise Refused(Reason.EXAMPLES, f"{examples} examples are claimed, the client has declared 1 to {most}")

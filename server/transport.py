@@ -1,0 +1,170 @@
+"""The way from one run to the agents: `fedkit.rounds.assignment.Transport` over their sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+import structlog
+
+from fedkit.errors import Refused
+from fedkit.protos import agents_pb2 as pb
+from fedkit.protos.convert import assignment_to_proto
+from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.server.attendance import Attendance, Away
+from fedkit.server.errands import Errand, Published
+from fedkit.server.metrics import Metrics
+from fedkit.work import Answer
+
+__all__ = ["Fates", "RunTransport", "Terms"]
+
+T = TypeVar("T")
+
+log = structlog.get_logger("fedkit.server")
+
+
+class Fates(Protocol):
+    """Where it is written down what became of each result."""
+
+    def settle(self, accepted: list[str], dropped: list[str]) -> None:
+        """These results stand, those are undone: durable when this returns."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What an agent must know of a run beside each assignment."""
+
+    run: str
+    task: str
+    strategy: str
+    holds_out_valid: bool
+
+
+class RunTransport:
+    """Asks agents on behalf of one run. `folder` takes the answers' bytes as they arrive."""
+
+    def __init__(self, terms: Terms, attendance: Attendance, fates: Fates, folder: Path, metrics: Metrics) -> None:
+        self.waits_for = ""  # for people: who is missing before the run can go on
+        self._terms = terms
+        self._attendance = attendance
+        self._fates = fates
+        self._folder = folder
+        self._metrics = metrics
+        self._asked: dict[str, str] = {}
+        self._published: weakref.WeakValueDictionary[int, Published] = weakref.WeakValueDictionary()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def present(self) -> list[str]:
+        """The clients here that know the run's task."""
+        return self._attendance.present(self._terms.task)
+
+    def now(self) -> float:
+        """Seconds of the monotonic clock."""
+        return time.monotonic()
+
+    async def sleep_until(self, deadline: float) -> None:
+        """Returns when the clock has reached `deadline`."""
+        while (left := deadline - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+
+    async def aside(self, phase: Literal["fold", "commit"], work: Callable[[], T]) -> T:
+        """What `work()` returns, from a thread, so that streams go on meanwhile."""
+        with self._metrics.seconds.labels(phase=phase).time():
+            return await asyncio.to_thread(work)
+
+    async def assemble(self, least: int) -> None:
+        """Returns when `least` clients are here and nobody is missing who went away a moment ago."""
+        began = self.now()
+        try:
+            while True:
+                here, missing = self.present(), self._attendance.missing(self._terms.task)
+                if len(here) >= least and not missing:
+                    return
+                self._say_waiting(len(here), least, sorted(missing))
+                await self._attendance.change(min(missing.values(), default=None))
+        finally:
+            self.waits_for = ""
+            self._metrics.seconds.labels(phase="wait").observe(self.now() - began)
+
+    def _say_waiting(self, here: int, least: int, missing: list[str]) -> None:
+        text = f"{here} of at least {least} clients are here"
+        if missing:
+            text += f"; {', '.join(missing[:5])} may be back in a moment"
+        if text != self.waits_for:
+            self.waits_for = text
+            log.info("waiting for clients", run=self._terms.run, here=here, least=least, missing=missing[:20])
+
+    async def perform(self, assignment: Assignment, parcel: Parcel, *, race: bool) -> Answer:  # noqa: ARG002
+        """The client's answer, over as many sessions as it takes; raises `Refused`."""
+        errand = self._errand(assignment, parcel)
+        self._asked[assignment.id] = assignment.client
+        try:
+            while True:
+                session = await self._attendance.session(assignment.client)
+                try:
+                    with self._metrics.seconds.labels(phase="answer").time():
+                        return await session.ask(errand)
+                except Away:
+                    errand.cut_off()
+        except Refused as refused:
+            self._refused(assignment, refused)
+            raise
+        finally:
+            errand.discard()
+
+    def _errand(self, assignment: Assignment, parcel: Parcel) -> Errand:
+        published = self._published.get(id(parcel))  # which holds the parcel, so that its id stays its own
+        if published is None:
+            published = self._published[id(parcel)] = Published(parcel)
+        message = assignment_to_proto(
+            assignment,
+            task=self._terms.task,
+            strategy=self._terms.strategy,
+            holds_out_valid=self._terms.holds_out_valid,
+            model_digest=published.digest,
+            model_bytes=published.payload_bytes,
+        )
+        return Errand(assignment, message, published, self._folder)
+
+    def _refused(self, assignment: Assignment, refused: Refused) -> None:
+        self._metrics.refusals.labels(reason=refused.reason.value).inc()
+        self._attendance.refusals[assignment.client] = f"{refused.reason.value} in {self._terms.run.rpartition('.')[0]}"
+        log.warning(
+            "refused",
+            run=assignment.run,
+            round=assignment.round,
+            client=assignment.client,
+            assignment=assignment.id,
+            reason=refused.reason.value,
+        )
+
+    def committed(self, accepted: list[str], dropped: list[str]) -> None:
+        """Writes down what became of these results and tells the clients that are here; others hear when they come."""
+        if not accepted and not dropped:
+            return
+        self._fates.settle(accepted, dropped)
+        news: defaultdict[str, pb.Settlement] = defaultdict(pb.Settlement)
+        for key in accepted:
+            news[self._forget(key)].accepted.append(key)
+        for key in dropped:
+            news[self._forget(key)].dropped.append(key)
+        for client, settlement in news.items():
+            session = self._attendance.sessions.get(client)
+            if session is not None:
+                session.send(pb.ToAgent(settlement=settlement))
+
+    def release(self) -> None:
+        """The run is over: what is still out counts for nothing."""
+        self.committed([], list(self._asked))
+
+    def _forget(self, key: str) -> str:
+        for name in (key, f"{key}.part"):
+            (self._folder / name).unlink(missing_ok=True)
+        return self._asked.pop(key, "")

@@ -1,0 +1,48 @@
+"""Tasks that agents and coordinators of the tests import by `module:attr`."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+import fedkit
+from fedkit.testing import toy_task
+
+plain = toy_task(name="plain")
+
+# Tensors that stay at the client (integer counters, and a layer that is not exchanged).
+stateful = toy_task(
+    name="stateful",
+    model=lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)),
+    exchange=lambda name: not name.startswith("3."),
+)
+
+
+def _counting(model: nn.Module, batches, site: fedkit.Site) -> float:
+    visits = int(site.state.get("visits", torch.zeros(1).numpy())[0]) + 1
+    site.state["visits"] = torch.full((1,), float(visits)).numpy()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * visits)
+    return float(visits)
+
+
+# The update says how often this client has trained in this run: a repeated training would show in the bits.
+counting = toy_task(name="counting", loss=None, train=_counting)
+
+
+def _stuck(model: nn.Module, batches, site: fedkit.Site) -> float:
+    time.sleep(3600)  # deaf to any wish to stop
+    return 0.0
+
+
+stuck = toy_task(name="stuck", loss=None, train=_stuck)
+
+
+def _leaky(client: str) -> fedkit.Data:
+    raise ValueError(f"canary-{client}-4711 is a patient")
+
+
+leaky = toy_task(name="leaky", data=_leaky)
