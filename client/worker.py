@@ -102,12 +102,14 @@ class _Worker:
             self._cancelled.discard(job["id"])
 
     def _listen(self) -> None:
-        while (message := read_message(self._sock)) is not None:
-            if "cancel" in message:
-                self._cancelled.add(message["cancel"])
-            else:
-                self._jobs.put(message)
-        os._exit(0)  # the agent is gone; nobody waits for the work under way
+        try:
+            while (message := read_message(self._sock)) is not None:
+                if "cancel" in message:
+                    self._cancelled.add(message["cancel"])
+                else:
+                    self._jobs.put(message)
+        finally:
+            os._exit(0)  # the agent is gone, however it went; nobody waits for the work under way
 
     def _outcome(self, job: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -27,7 +27,7 @@ def sources() -> list[Path]:
     for folder in FOLDERS:
         for here, folders, files in os.walk(ROOT / folder, followlinks=False):
             folders[:] = [name for name in folders if not (Path(here) / name).is_symlink()]
-            found += [Path(here) / name for name in files if name.endswith(".py")]
+            found += [Path(here) / name for name in files if name.endswith(".py") and not name.endswith("_pb2.py")]
     return sorted(found)
 
 
