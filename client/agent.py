@@ -7,14 +7,15 @@ import random
 import secrets
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
 import structlog
 
 from fedkit import __version__
-from fedkit.client.inbox import Fetched, Inbox
-from fedkit.client.line import Line, LineLost
+from fedkit.client.inbox import Inbox
+from fedkit.client.line import Gone, Line, LineLost
 from fedkit.client.outbox import Outbox, Stored
 from fedkit.client.settings import AgentSettings
 from fedkit.client.trainers import Job, Trainers
@@ -23,6 +24,7 @@ from fedkit.logs import where
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert
 from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL
+from fedkit.weights import Manifest
 
 __all__ = ["Agent", "TurnedAway"]
 
@@ -36,10 +38,6 @@ _FINAL = (pb.Goodbye.PROTOCOL, pb.Goodbye.REPLACED, pb.Goodbye.MALFORMED)
 
 class TurnedAway(RunError):
     """The coordinator does not want this agent back; the message says why."""
-
-
-class _Forgotten(Exception):
-    """The coordinator does not want the result any more."""
 
 
 @dataclass(eq=False)
@@ -170,11 +168,14 @@ class Agent:
     # -- assignments ---------------------------------------------------------------------------------------------------
 
     def _take(self, line: Line, message: pb.Assignment) -> None:
+        if message.HasField("settlement"):
+            self._settle(message.settlement)
+            message.ClearField("settlement")
         if message.id in self._errands:
             self._errands[message.id].line = line
             return
         about = {"run": message.run, "round": message.round, "client": self._settings.name, "assignment": message.id}
-        log.info("assignment", **about, work=message.WhichOneof("work"))
+        log.debug("assignment", **about, work=message.WhichOneof("work"))
         errand = self._errands[message.id] = _Errand(message, line)
         errand.task = asyncio.create_task(self._do(errand, about))
         errand.task.add_done_callback(lambda task: self._ended(task, errand, about))
@@ -187,20 +188,21 @@ class Agent:
             self._say_refused(errand, Refused(Reason.FAILED, type(error).__name__))
 
     async def _do(self, errand: _Errand, about: dict[str, Any]) -> None:
-        key = errand.message.id
+        key, fresh = errand.message.id, False
         try:
             if self._outbox.is_settled(key):
                 raise Refused(Reason.DONE, "this assignment was done and its round is over")
             if self._outbox.find(key) is None:
                 await self._work(errand)
-            await self._deliver(errand)
+                fresh = True
+            await self._deliver(errand, fresh)
         except Refused as refused:
             log.warning("refused", **about, reason=refused.reason.value, detail=refused.detail)
             self._say_refused(errand, refused)
         except PayloadError as error:
             log.error("refused", **about, reason=Reason.PAYLOAD.value, detail=str(error))
             self._say_refused(errand, Refused(Reason.PAYLOAD, str(error)))
-        except _Forgotten:
+        except Gone:
             log.info("not wanted any more", **about)
         finally:
             self._errands.pop(key, None)
@@ -222,12 +224,11 @@ class Agent:
         self._outbox.put(stored, has_state=outcome["has_state"])
         log.info("stored", run=message.run, round=message.round, assignment=message.id, bytes=stored.payload_bytes)
 
-    def _job(self, message: pb.Assignment, fetched: Fetched | None) -> Job:
+    def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None) -> Job:
         return Job(
             id=message.id,
             assignment=message.SerializeToString(),
-            model=fetched.payload if fetched else None,
-            header=fetched.header if fetched else None,
+            model=fetched,
             state=self._outbox.state(message.run),
             out=self._outbox.path(message.id),
             out_state=self._outbox.state_path(message.id),
@@ -237,21 +238,17 @@ class Agent:
         if outcome.get("where"):
             log.error("task failed", run=message.run, error=outcome["detail"], where=outcome["where"])
 
-    async def _fetch(self, errand: _Errand) -> Fetched:
-        """The model; raises `PayloadError`, or `_Forgotten` where nobody asks: what is here of it stays."""
+    async def _fetch(self, errand: _Errand) -> tuple[Path, Manifest]:
+        """The model; raises `PayloadError`, or `Gone` where nobody asks: what is here of it stays."""
         message = errand.message
-        while (found := self._inbox.find(message.model_digest)) is None:
+        while (found := self._inbox.find(message)) is None:
             line = errand.line
             if line is not self._line:
-                raise _Forgotten
+                raise Gone
             try:
                 return await line.fetch(message, self._inbox)
-            except grpc.aio.AioRpcError as error:
-                if error.code() == grpc.StatusCode.NOT_FOUND:
-                    raise _Forgotten from None
-            except LineLost:
-                pass
-            await self._pause(line)
+            except (grpc.RpcError, LineLost):
+                await self._pause(line)
         return found
 
     async def _pause(self, line: Line) -> None:
@@ -259,7 +256,7 @@ class Agent:
         if self._line is line:
             await asyncio.sleep(_RETRY_S)
 
-    async def _deliver(self, errand: _Errand) -> None:
+    async def _deliver(self, errand: _Errand, fresh: bool) -> None:
         """Hands a stored result in, if it is asked for; otherwise it waits in the outbox."""
         key = errand.message.id
         stored = self._outbox.find(key)
@@ -268,9 +265,10 @@ class Agent:
                 line.send(pb.FromAgent(sums=convert.sums_to_proto(key, stored.answer())))
                 return
             try:
-                self._hear_reply(stored, await line.deliver(stored, self._outbox.path(key)))
+                self._hear_reply(stored, await line.deliver(stored, self._outbox.path(key), at_once=fresh))
                 return
             except (grpc.RpcError, LineLost, PayloadError):
+                fresh = False
                 await self._pause(line)
 
     def _hear_reply(self, stored: Stored, reply: pb.UploadReply) -> None:

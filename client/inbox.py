@@ -2,73 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from fedkit.errors import PayloadError
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
 from fedkit.spool import Spool
+from fedkit.weights import Manifest
 
-__all__ = ["Fetched", "Inbox"]
+__all__ = ["Inbox"]
 
-_KEPT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """A model that is here: the payload's file, and the file with the header that says what is in it."""
-
-    payload: Path
-    header: Path
+_MANIFESTS = 64
 
 
 class Inbox:
-    """A folder of fetched payloads. A broken-off download goes on where it stopped."""
+    """A folder of the `keep` payloads used last. A broken-off download goes on where it stopped."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep: int = 2) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._keep = keep
         self._used: list[str] = []
+        self._manifests: dict[bytes, Manifest] = {}
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for path in folder.iterdir():
             if path.suffix != ".part":
                 path.unlink()
 
-    def find(self, digest: bytes) -> Fetched | None:
-        """The payload with this digest, if it is here."""
-        found = self._files(digest)
-        if digest.hex() not in self._used:
+    def find(self, message: pb.Assignment) -> tuple[Path, Manifest] | None:
+        """The assignment's payload and what is in it, if both are here."""
+        name, manifest = message.model_digest.hex(), self._manifests.get(message.manifest_digest)
+        if name not in self._used or manifest is None:
             return None
-        self._touch(digest.hex())
-        return found
+        self._touch(name)
+        return self._folder / name, manifest
 
-    def have(self, digest: bytes) -> int:
-        """How many bytes of it an earlier, broken-off download left."""
-        part = self._folder / f"{digest.hex()}.part"
+    def knows(self, message: pb.Assignment) -> bool:
+        """Whether the manifest of the assignment's model is here."""
+        return message.manifest_digest in self._manifests
+
+    def learn(self, message: pb.Assignment, header: tensors_pb2.Header) -> None:
+        """Keeps the manifest a header brings; raises `PayloadError` unless it is the assignment's."""
+        manifest, _ = convert.header_from_proto(header)
+        if bytes.fromhex(manifest.digest) != message.manifest_digest:
+            raise PayloadError("the manifest that is sent is not the one that was announced")
+        while len(self._manifests) >= _MANIFESTS:
+            del self._manifests[next(iter(self._manifests))]
+        self._manifests[message.manifest_digest] = manifest
+
+    def have(self, message: pb.Assignment) -> int:
+        """How many bytes of the payload an earlier, broken-off download left."""
+        part = self._folder / f"{message.model_digest.hex()}.part"
         return part.stat().st_size // 4 * 4 if part.exists() else 0
 
-    def begin(self, message: pb.Assignment, header: tensors_pb2.Header) -> Spool:
-        """Where the announced payload goes; raises `PayloadError` unless it is the assignment's."""
-        manifest, _ = convert.header_from_proto(header)
-        if header.digest != message.model_digest or header.payload_bytes != message.model_bytes:
-            raise PayloadError("the model that is sent is not the one that was announced")
-        files = self._files(message.model_digest)
-        files.header.write_bytes(header.SerializeToString())
-        return Spool(files.payload, manifest.digest, header.payload_bytes, header.digest)
+    def begin(self, message: pb.Assignment) -> Spool:
+        """Where the payload goes, once its manifest is known; raises `PayloadError` where the lengths differ."""
+        manifest = self._manifests[message.manifest_digest]
+        due = 4 * (manifest.size + sum(convert.extras_from_proto(message.extras, manifest.size).values()))
+        if message.model_bytes != due or len(message.model_digest) != 32:
+            raise PayloadError(f"{message.model_bytes} bytes are announced, the model needs {due}")
+        path = self._folder / message.model_digest.hex()
+        return Spool(path, manifest.digest, due, message.model_digest)
 
-    def finish(self, spool: Spool, digest: bytes) -> Fetched:
-        """The payload is whole; the oldest ones go."""
-        spool.finish()
-        self._touch(digest.hex())
-        while len(self._used) > _KEPT:
-            old = self._files(bytes.fromhex(self._used.pop(0)))
-            old.payload.unlink(missing_ok=True)
-            old.header.unlink(missing_ok=True)
-        return self._files(digest)
+    def finish(self, message: pb.Assignment, spool: Spool) -> tuple[Path, Manifest]:
+        """The payload is whole; those used longest ago go."""
+        path = spool.finish()
+        self._touch(path.name)
+        while len(self._used) > self._keep:
+            (self._folder / self._used.pop(0)).unlink(missing_ok=True)
+        return path, self._manifests[message.manifest_digest]
 
     def _touch(self, name: str) -> None:
         self._used = [*(used for used in self._used if used != name), name]
-
-    def _files(self, digest: bytes) -> Fetched:
-        name = digest.hex()
-        return Fetched(self._folder / name, self._folder / f"{name}.header")

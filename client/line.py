@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from fedkit.client.inbox import Fetched, Inbox
+from fedkit.client.inbox import Inbox
 from fedkit.client.outbox import Stored
 from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import PayloadError
@@ -19,8 +19,9 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
 from fedkit.protos.wire import SESSION_KEY, Calls, frame, unframe
 from fedkit.spool import Spool
+from fedkit.weights import Manifest
 
-__all__ = ["Line", "LineLost"]
+__all__ = ["Gone", "Line", "LineLost"]
 
 T = TypeVar("T")
 
@@ -33,6 +34,10 @@ class LineLost(Exception):
     """The connection broke while tensors were on their way."""
 
 
+class Gone(Exception):
+    """The coordinator does not ask for this assignment any more."""
+
+
 class Line:
     """A session with the coordinator, from hello to the end of the stream."""
 
@@ -41,6 +46,10 @@ class Line:
         self._calls = Calls(channel, pb.DESCRIPTOR.services_by_name["Agents"])
         self._queue: asyncio.Queue[pb.FromAgent | None] = asyncio.Queue()
         self._session = b""
+        self._download: Any = None  # the tensor calls stay open from one assignment to the next
+        self._upload: Any = None
+        self._downloading = asyncio.Lock()
+        self._uploading = asyncio.Lock()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.send(pb.FromAgent(hello=hello))
         self._stream = self._calls.attend(self._outgoing())
@@ -68,7 +77,8 @@ class Line:
     async def messages(self) -> AsyncIterator[pb.ToAgent]:
         """What the coordinator says, to the end. Raises `TimeoutError` where it is silent for two heartbeats."""
         while True:
-            message = await asyncio.wait_for(self._stream.read(), 2 * self.heartbeat_s)
+            async with asyncio.timeout(2 * self.heartbeat_s):
+                message = await self._stream.read()
             if message is _EOF:
                 return
             yield message
@@ -76,7 +86,8 @@ class Line:
     async def _outgoing(self) -> AsyncIterator[pb.FromAgent]:
         while True:
             try:
-                message = await asyncio.wait_for(self._queue.get(), self.heartbeat_s)
+                async with asyncio.timeout(self.heartbeat_s):
+                    message = await self._queue.get()
             except TimeoutError:
                 message = pb.FromAgent(heartbeat=pb.Heartbeat())
             if message is None:
@@ -101,38 +112,19 @@ class Line:
         finally:
             task.cancel()
 
-    async def fetch(self, message: pb.Assignment, inbox: Inbox) -> Fetched:
+    async def fetch(self, message: pb.Assignment, inbox: Inbox) -> tuple[Path, Manifest]:
         """The assignment's model, from where an earlier download stopped.
 
-        Raises `PayloadError`, `LineLost` or `grpc.RpcError`.
+        Raises `Gone` where it is not to be had any more, `PayloadError`, `LineLost` or `grpc.RpcError`.
         """
-        return await self._tied(self._fetch(message, inbox))
+        async with self._downloading:
+            return await self._tied(self._fetch(message, inbox))
 
-    async def deliver(self, stored: Stored, path: Path) -> pb.UploadReply:
+    async def deliver(self, stored: Stored, path: Path, *, at_once: bool) -> pb.UploadReply:
         """Uploads a stored update from where the coordinator misses bytes; its last word on it.
 
-        Raises `PayloadError`, `LineLost` or `grpc.RpcError`.
+        `at_once` says that nothing of it was ever sent. Raises `PayloadError`, `LineLost` or `grpc.RpcError`.
         """
-        return await self._tied(self._deliver(stored, path))
-
-    async def _fetch(self, message: pb.Assignment, inbox: Inbox) -> Fetched:
-        request = pb.DownloadRequest(assignment_id=message.id, offset=inbox.have(message.model_digest))
-        pieces = self._calls.download(request, metadata=self._metadata)
-        try:
-            async with asyncio.timeout(_STALL_S):
-                first = await pieces.read()
-            if first is _EOF:
-                raise LineLost
-            spool = inbox.begin(message, tensors_pb2.Piece.FromString(first).header)
-            if spool.have != request.offset:
-                raise PayloadError("the bytes of an earlier download have changed")
-            await _fill(spool, pieces)
-            return inbox.finish(spool, message.model_digest)
-        finally:
-            pieces.cancel()
-
-    async def _deliver(self, stored: Stored, path: Path) -> pb.UploadReply:
-        call = self._calls.upload(metadata=self._metadata)
         announcement = pb.Announcement(
             assignment_id=stored.id,
             examples=stored.examples,
@@ -140,45 +132,89 @@ class Line:
             extras=convert.extras_to_proto(stored.extras),
             payload_bytes=stored.payload_bytes,
             digest=bytes.fromhex(stored.digest),
+            at_once=at_once,
         )
+        async with self._uploading:
+            return await self._tied(self._deliver(announcement, path))
+
+    async def _fetch(self, message: pb.Assignment, inbox: Inbox) -> tuple[Path, Manifest]:
+        call = self._download = self._download or self._calls.download(metadata=self._metadata)
         try:
             async with asyncio.timeout(_STALL_S) as patience:
-                return await self._hand_in(call, announcement, path, patience)
-        finally:
+                request = pb.DownloadRequest(
+                    assignment_id=message.id, offset=inbox.have(message), header=not inbox.knows(message)
+                )
+                await call.write(request)
+                if request.header:
+                    inbox.learn(message, _header(await call.read()))
+                spool = inbox.begin(message)
+                await _fill(spool, request.offset, call, patience)
+            return inbox.finish(message, spool)
+        except Gone:
+            raise
+        except BaseException:  # whatever is still on its way would be taken for the next model
+            self._download = None
             call.cancel()
+            raise
 
-    async def _hand_in(
-        self, call: Any, announcement: pb.Announcement, path: Path, patience: asyncio.Timeout
-    ) -> pb.UploadReply:
-        await call.write(pb.UploadPiece(announcement=announcement).SerializeToString())
-        reply: Any = await call.read()
-        if reply is not _EOF and reply.WhichOneof("what") == "have":
-            with contextlib.suppress(asyncio.InvalidStateError):  # the coordinator has said its last word before
-                await _stream_file(call, path, reply.have, patience)
-            reply = await call.read()
-        if reply is _EOF:
-            raise PayloadError("the coordinator hung up without a word on the update")
-        assert isinstance(reply, pb.UploadReply)  # the deserializer makes nothing else
-        return reply
+    async def _deliver(self, announcement: pb.Announcement, path: Path) -> pb.UploadReply:
+        call = self._upload = self._upload or self._calls.upload(metadata=self._metadata)
+        reply = None
+        try:
+            async with asyncio.timeout(_STALL_S) as patience:
+                reply = await _hand_in(call, announcement, path, patience)
+            return reply
+        finally:
+            if reply is None or reply.WhichOneof("what") != "taken":
+                self._upload = None
+                call.cancel()
 
 
-async def _fill(spool: Spool, pieces: Any) -> None:
-    """Feeds the spool with what comes; raises `PayloadError` for what does not belong there, `LineLost` for an end."""
+def _header(raw: Any) -> tensors_pb2.Header:
+    if raw is _EOF:
+        raise LineLost
+    piece = tensors_pb2.Piece.FromString(raw)
+    if piece.WhichOneof("part") == "gone":
+        raise Gone
+    return piece.header
+
+
+async def _fill(spool: Spool, offset: int, call: Any, patience: asyncio.Timeout) -> None:
+    """Feeds the spool to its end; raises `PayloadError` for what does not belong there, `LineLost`, `Gone`."""
     try:
-        async with asyncio.timeout(_STALL_S) as patience:
-            while (raw := await pieces.read()) is not _EOF:
-                chunk = unframe(raw)
-                if chunk is None:
-                    raise PayloadError("a piece is not data")
-                spool.feed(chunk)
-                _extend(patience)
-        if not spool.is_complete:
-            raise LineLost
+        if spool.have != offset:
+            raise PayloadError("the bytes of an earlier download have changed")
+        while not spool.is_complete:
+            raw = await call.read()
+            chunk = None if raw is _EOF else unframe(raw)
+            if chunk is None:
+                _header(raw)
+                raise PayloadError("a piece is not data")
+            spool.feed(chunk)
+            _extend(patience)
     except PayloadError:
         spool.discard()
         raise
     finally:
         spool.close()
+
+
+async def _hand_in(call: Any, announcement: pb.Announcement, path: Path, patience: asyncio.Timeout) -> pb.UploadReply:
+    reply: Any = None
+    with contextlib.suppress(asyncio.InvalidStateError):  # the coordinator has said its last word before
+        await call.write(pb.UploadPiece(announcement=announcement).SerializeToString())
+        if announcement.at_once:
+            await _stream_file(call, path, 0, patience)
+        else:
+            reply = await call.read()
+            if reply is not _EOF and reply.WhichOneof("what") == "have":
+                await _stream_file(call, path, reply.have, patience)
+                reply = None
+    reply = await call.read() if reply is None else reply
+    if reply is _EOF:
+        raise LineLost
+    assert isinstance(reply, pb.UploadReply)  # the deserializer makes nothing else
+    return reply
 
 
 def _extend(patience: asyncio.Timeout) -> None:
@@ -197,4 +233,3 @@ async def _stream_file(call: Any, path: Path, offset: int, patience: asyncio.Tim
                         raw = frame(chunk)
                     await call.write(raw)
                     _extend(patience)
-    await call.done_writing()

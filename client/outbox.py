@@ -7,6 +7,7 @@ stored; a result without state may be lost with the machine's power, and is then
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -18,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from fedkit.codec import CHUNK_BYTES
-from fedkit.errors import ConfigError
+from fedkit.errors import ConfigError, StorageError
 from fedkit.spool import payload_digest
 from fedkit.work import MetricSums, Summary
 
 __all__ = ["Outbox", "Stored"]
+
+_PATIENCE_S = 1.0  # with an agent that is about to end
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (
@@ -61,18 +64,14 @@ class Stored:
 
 
 class Outbox:
-    """The store of one agent in `folder`. Only one process may open it; raises `ConfigError` where another has."""
+    """The store of one agent in `folder`. Only one process may open it; raises `ConfigError` where another has.
+
+    Raises `StorageError` where the folder or its database cannot be used at all.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._db = sqlite3.connect(folder / "outbox.db", isolation_level=None)
-        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-        try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.executescript(_SCHEMA)
-        except sqlite3.OperationalError as error:
-            raise ConfigError(f"{folder}: cannot be used, most likely by another agent process: {error}") from None
+        self._db = _opened(folder)
         self._verified: set[str] = set()
         self._sweep()
 
@@ -175,6 +174,25 @@ class Outbox:
     def close(self) -> None:
         """Closes the files."""
         self._db.close()
+
+
+def _opened(folder: Path) -> sqlite3.Connection:
+    path = folder / "outbox.db"
+    with contextlib.ExitStack() as undo:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            db = undo.enter_context(contextlib.closing(sqlite3.connect(path, _PATIENCE_S, isolation_level=None)))
+            db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            db.execute("PRAGMA journal_mode=WAL")
+            db.executescript(_SCHEMA)
+        except OSError as error:
+            raise StorageError(f"{folder}: {error.strerror}; the agent must be able to write to its folder") from None
+        except sqlite3.Error as error:
+            if error.sqlite_errorname.startswith("SQLITE_BUSY"):
+                raise ConfigError(f"{folder} is in use by another agent process: end it, or choose another") from None
+            raise StorageError(f"{path}: {error}; check the disk, or move the file away to begin without it") from None
+        undo.pop_all()
+    return db
 
 
 class _transaction:  # noqa: N801

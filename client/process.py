@@ -41,6 +41,8 @@ async def _attend(settings: AgentSettings, tasks: list[str], nursery: Nursery, t
 
     folder = Path(settings.state) / settings.name
     outbox = Outbox(folder / "outbox")
-    agent = Agent(settings, tasks, outbox, Inbox(folder / "inbox"), Trainers(nursery, settings.parallel))
+    agent = Agent(
+        settings, tasks, outbox, Inbox(folder / "inbox", settings.parallel + 1), Trainers(nursery, settings.parallel)
+    )
     on_stop(agent.stop, tethered=tethered)
     await agent.run()

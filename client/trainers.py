@@ -18,6 +18,7 @@ import structlog
 
 from fedkit.client.nursery import Nursery
 from fedkit.errors import Reason, Refused
+from fedkit.weights import Manifest
 
 __all__ = ["Job", "Trainers"]
 
@@ -35,17 +36,23 @@ class Job:
 
     id: str
     assignment: bytes  # serialised
-    model: Path | None
-    header: Path | None
+    model: tuple[Path, Manifest] | None
     state: Path | None
     out: Path
     out_state: Path
 
-    def message(self) -> dict[str, Any]:
-        """The job as the worker reads it."""
-        paths = {name: getattr(self, name) for name in ("model", "header", "state", "out", "out_state")}
-        found = {name: None if path is None else str(path) for name, path in paths.items()}
-        return {"id": self.id, "assignment": base64.b64encode(self.assignment).decode(), **found}
+    def message(self, known: set[str]) -> dict[str, Any]:
+        """The job as a worker reads it that has seen the manifests with the digests `known`; adds its own to them."""
+        found: dict[str, Any] = {"id": self.id, "assignment": base64.b64encode(self.assignment).decode()}
+        found |= {"state": None if self.state is None else str(self.state), "model": None}
+        found |= {"out": str(self.out), "out_state": str(self.out_state)}
+        if self.model is not None:
+            path, manifest = self.model
+            found |= {"model": str(path), "manifest_digest": manifest.digest}
+            if manifest.digest not in known:
+                known.add(manifest.digest)
+                found["manifest"] = manifest.to_json()
+        return found
 
 
 class _Died(Exception):
@@ -59,6 +66,7 @@ class _Worker:
         self._reader = reader
         self._writer = writer
         self._pid = pid
+        self.known: set[str] = set()
 
     def send(self, message: dict[str, Any]) -> None:
         raw = json.dumps(message).encode()
@@ -105,7 +113,7 @@ class Trainers:
 
     async def _perform(self, slot: list[_Worker | None], job: Job, progress: Progress) -> dict[str, Any]:
         worker = slot[0] = slot[0] or await self._start()
-        worker.send(job.message())
+        worker.send(job.message(worker.known))
         try:
             return await worker.outcome(job.id, progress)
         except _Died:

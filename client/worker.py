@@ -27,7 +27,7 @@ from fedkit.errors import Reason, Refused
 from fedkit.logs import where
 from fedkit.packing import pack, unpack
 from fedkit.protos import agents_pb2 as pb
-from fedkit.protos import convert, tensors_pb2
+from fedkit.protos import convert
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.spool import payload_digest
 from fedkit.task import Task
@@ -90,6 +90,7 @@ class _Worker:
         self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._cancelled: set[str] = set()
         self._trainers: dict[tuple[str, bool], Trainer] = {}
+        self._manifests: dict[str, Manifest] = {}
         self._current = ""
         self._told = 0.0
 
@@ -123,11 +124,20 @@ class _Worker:
         message = pb.Assignment.FromString(base64.b64decode(job["assignment"]))
         assignment = convert.assignment_from_proto(message, self._outfit.client)
         state: ClientState = {} if job["state"] is None else unpack(Path(job["state"]).read_bytes())
-        parcel = _parcel(job)
+        parcel = self._parcel(job, message)
         self._watch(0, 0)
         answer, after = self._trainer(message).perform(assignment, parcel, state)
         facts = _written(assignment, answer, parcel.model.manifest, Path(job["out"]))
         return facts | {"has_state": _keep_state(state, after, Path(job["out_state"]))}
+
+    def _parcel(self, job: dict[str, Any], message: pb.Assignment) -> Parcel:
+        if job["model"] is None:
+            return Parcel(Weights.zeros(Manifest(())))
+        if "manifest" in job:
+            self._manifests[job["manifest_digest"]] = Manifest.from_json(job["manifest"])
+        manifest = self._manifests[job["manifest_digest"]]
+        extras = convert.extras_from_proto(message.extras, manifest.size)
+        return _read_parcel(job["model"], manifest, extras)
 
     def _trainer(self, message: pb.Assignment) -> Trainer:
         key = (message.run, message.holds_out_valid)
@@ -157,12 +167,8 @@ class _Worker:
             write_message(self._sock, {"id": self._current, "done": done, "total": total})
 
 
-def _parcel(job: dict[str, Any]) -> Parcel:
-    if job["model"] is None:
-        return Parcel(Weights.zeros(Manifest(())))
-    header = tensors_pb2.Header.FromString(Path(job["header"]).read_bytes())
-    manifest, extras = convert.header_from_proto(header)
-    values = np.memmap(job["model"], dtype="<f4", mode="r") if header.payload_bytes else np.zeros(0, np.float32)
+def _read_parcel(path: str, manifest: Manifest, extras: Mapping[str, int]) -> Parcel:
+    values = np.memmap(path, dtype="<f4", mode="r") if os.path.getsize(path) else np.zeros(0, np.float32)
     found: dict[str, Vector] = {}
     start = manifest.size
     for name, size in extras.items():

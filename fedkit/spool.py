@@ -48,6 +48,11 @@ class Spool:
         self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._resume()
 
+    @staticmethod
+    def forget(path: Path) -> None:
+        """What an earlier upload left of this payload does not count."""
+        path.with_name(path.name + ".part").unlink(missing_ok=True)
+
     def _resume(self) -> None:
         left = min(os.fstat(self._file).st_size, self.payload_bytes) // _ITEM * _ITEM
         while self.have < left:

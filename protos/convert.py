@@ -36,6 +36,7 @@ __all__ = [
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _ID = re.compile(r"[0-9a-f]{32}")
+_RUN = re.compile(rf"{NAME.pattern}(\.[0-9a-f]{{8}})?")  # its name, and what tells it from others of that name
 _DETAIL = 200  # characters
 _MAX_EXTRAS = 16
 
@@ -66,9 +67,9 @@ def require_name(text: str, what: str) -> str:
 
 
 def assignment_to_proto(
-    assignment: Assignment, *, task: str, strategy: str, holds_out_valid: bool, model_digest: bytes, model_bytes: int
+    assignment: Assignment, parcel: Parcel, digest: bytes, *, task: str, strategy: str, holds_out_valid: bool
 ) -> pb.Assignment:
-    """The message that asks for `assignment`."""
+    """The message that asks for `assignment` with `parcel`, whose payload has that digest."""
     message = pb.Assignment(
         id=assignment.id,
         run=assignment.run,
@@ -78,8 +79,10 @@ def assignment_to_proto(
         round=assignment.round,
         returns=_RETURNS[assignment.returns],
         holds_out_valid=holds_out_valid,
-        model_digest=model_digest,
-        model_bytes=model_bytes,
+        model_digest=digest,
+        model_bytes=parcel.payload_bytes,
+        manifest_digest=bytes.fromhex(parcel.model.manifest.digest),
+        extras=extras_to_proto({name: vector.size for name, vector in parcel.extra.items()}),
     )
     _put_work(message, assignment.work)
     return message
@@ -115,13 +118,14 @@ def assignment_from_proto(message: pb.Assignment, client: str) -> Assignment:
     returns = next((name for name, number in _RETURNS.items() if number == message.returns), None)
     if returns is None:
         raise PayloadError(f"assignment {message.id} does not say what it returns")
-    run = require_name(message.run, "a run's name")
+    if not _RUN.fullmatch(message.run):
+        raise PayloadError(f"assignment {message.id} belongs to a run that no coordinator would name so")
     require_name(message.task, "a task's name")
     try:
         work = _work(message)
     except ConfigError as error:
         raise PayloadError(f"assignment {message.id}: {error}") from None
-    return Assignment(message.id, run, message.seed, message.round, client, work, returns)
+    return Assignment(message.id, message.run, message.seed, message.round, client, work, returns)
 
 
 def _work(message: pb.Assignment) -> Work:

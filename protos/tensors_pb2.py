@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64kit/protos/tensors.proto\x12\tfedkit.v1\"%\n\x05\x45xtra\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x04\"c\n\x06Header\x12\x10\n\x08manifest\x18\x01 \x01(\t\x12 \n\x06\x65xtras\x18\x02 \x03(\x0b\x32\x10.fedkit.v1.Extra\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"D\n\x05Piece\x12#\n\x06header\x18\x01 \x01(\x0b\x32\x11.fedkit.v1.HeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04partb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x65\x64kit/protos/tensors.proto\x12\tfedkit.v1\"%\n\x05\x45xtra\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x04\"c\n\x06Header\x12\x10\n\x08manifest\x18\x01 \x01(\t\x12 \n\x06\x65xtras\x18\x02 \x03(\x0b\x32\x10.fedkit.v1.Extra\x12\x15\n\rpayload_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"T\n\x05Piece\x12#\n\x06header\x18\x01 \x01(\x0b\x32\x11.fedkit.v1.HeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\x0e\n\x04gone\x18\x03 \x01(\x08H\x00\x42\x06\n\x04partb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,5 +36,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEADER']._serialized_start=81
   _globals['_HEADER']._serialized_end=180
   _globals['_PIECE']._serialized_start=182
-  _globals['_PIECE']._serialized_end=250
+  _globals['_PIECE']._serialized_end=266
 # @@protoc_insertion_point(module_scope)

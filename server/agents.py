@@ -14,10 +14,10 @@ from google.protobuf.message import DecodeError
 
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
-from fedkit.protos import convert
+from fedkit.protos import convert, tensors_pb2
 from fedkit.protos.wire import PROTOCOL, SESSION_KEY, unframe
 from fedkit.server.attendance import Attendance, Session
-from fedkit.server.errands import Errand, require_examples
+from fedkit.server.errands import Errand, Published, require_examples
 from fedkit.server.metrics import Metrics
 from fedkit.spool import Spool
 
@@ -27,6 +27,8 @@ log = structlog.get_logger("fedkit.server")
 
 _HELLO_S = 10.0  # a stream that says nothing for so long is closed
 _MAX_HELD = 10_000
+_GONE = tensors_pb2.Piece(gone=True).SerializeToString()
+_TAKEN = pb.UploadReply(taken=pb.Taken())
 
 
 class Register(Protocol):
@@ -106,7 +108,8 @@ class AgentService:
         if not session.outgoing.empty():
             return session.outgoing.get_nowait()
         try:
-            return await asyncio.wait_for(session.outgoing.get(), self._heartbeat_s)
+            async with asyncio.timeout(self._heartbeat_s):
+                return await session.outgoing.get()
         except TimeoutError:
             return pb.ToAgent(heartbeat=pb.Heartbeat())
 
@@ -185,52 +188,70 @@ class AgentService:
 
     # -- tensors -------------------------------------------------------------------------------------------------------
 
-    async def download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[bytes]:
-        """The model of an assignment, from an offset on."""
+    async def download(self, requests: AsyncIterator[pb.DownloadRequest], context: Any) -> None:
+        """The models of assignments, one request after the other."""
         session = await self._holder(context)
-        errand = session.errands.get(request.assignment_id)
-        if errand is None:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "this assignment is not open any more")
-            raise AssertionError("abort raises")
-        published = errand.published
+        async for request in requests:
+            errand = session.errands.get(request.assignment_id)
+            if errand is None:
+                await context.write(_GONE)
+            else:
+                await self._send_model(errand.published, request, session, context)
+
+    async def _send_model(
+        self, published: Published, request: pb.DownloadRequest, session: Session, context: Any
+    ) -> None:
         if request.offset > published.payload_bytes or request.offset % 4:
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the payload has {published.payload_bytes} bytes")
-        yield published.header
+        if request.header:
+            await context.write(published.header)
         sent = self._metrics.bytes.labels(direction="down")
         for piece in published.pieces(request.offset):
-            yield piece
+            await context.write(piece)
             sent.inc(len(piece))
             session.heard = time.monotonic()
 
-    async def upload(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[pb.UploadReply]:
-        """The answer to an assignment: its announcement, then its bytes from where they are missing."""
+    async def upload(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        """The answers to assignments, one after the other, until one is refused."""
         session = await self._holder(context)
-        announced = await _announcement(requests)
-        if announced is None:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its announcement")
-            raise AssertionError("abort raises")
+        async for raw in requests:
+            announced = _announcement(raw)
+            if announced is None:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its announcement")
+                raise AssertionError("abort raises")
+            try:
+                await self._receive(session, announced, requests, context)
+            except Refused as refused:
+                await context.write(_refusal(announced, refused))
+                return
+            await context.write(_TAKEN)
+
+    async def _receive(
+        self, session: Session, announced: pb.Announcement, requests: AsyncIterator[bytes], context: Any
+    ) -> None:
+        """One answer; raises `Refused`, which the errand has then heard of too."""
         errand = session.errands.get(announced.assignment_id)
         if errand is None:
-            yield _refusal(announced, Refused(self._unasked(session, announced.assignment_id)))
-            return
+            raise Refused(self._unasked(session, announced.assignment_id))
         spool = None
         try:
             spool = errand.receive(announced, session.max_examples)
-            yield pb.UploadReply(have=spool.have)
+            if not announced.at_once:
+                await context.write(pb.UploadReply(have=spool.have))
             if not await self._fill(spool, requests, session):
                 short = Refused(Reason.PAYLOAD, f"{spool.have} of {spool.payload_bytes} bytes arrived")
-                yield _refusal(announced, short)  # where the connection was cut, nothing is resumed after this line
+                await context.write(
+                    _refusal(announced, short)
+                )  # raises where the connection was cut
                 raise short
             errand.take(spool)
         except Refused as refused:
             if spool is None or errand.expects(spool):
                 errand.settle(refused)
-            yield _refusal(announced, refused)
-            return
-        yield pb.UploadReply(taken=pb.Taken())
+            raise
 
     async def _fill(self, spool: Spool, requests: AsyncIterator[bytes], session: Session) -> bool:
-        """Takes pieces until the spool is complete, or False; raises `Refused` for any that do not belong there."""
+        """Takes pieces until the spool is complete; False where they end before. Raises `Refused` for strange ones."""
         received = self._metrics.bytes.labels(direction="up")
         while not spool.is_complete:
             raw = await anext(requests, None)
@@ -276,9 +297,8 @@ def _checked_hello(first: pb.FromAgent) -> pb.Hello:
     return hello
 
 
-async def _announcement(requests: AsyncIterator[bytes]) -> pb.Announcement | None:
-    with contextlib.suppress(DecodeError, TimeoutError, StopAsyncIteration):
-        raw = await asyncio.wait_for(anext(requests), _HELLO_S)
+def _announcement(raw: bytes) -> pb.Announcement | None:
+    with contextlib.suppress(DecodeError):
         first = pb.UploadPiece.FromString(raw)
         if first.WhichOneof("part") == "announcement":
             return first.announcement

@@ -19,6 +19,8 @@ from fedkit.work import Answer
 
 __all__ = ["Attendance", "Away", "Session"]
 
+_NEWS_S = 0.02  # for which news of results waits for an assignment to travel with
+
 
 class Away(Exception):
     """The session ended before the answer came; the client may be back in a moment."""
@@ -39,6 +41,7 @@ class Session:
     outgoing: asyncio.Queue[pb.ToAgent | None] = field(default_factory=asyncio.Queue)
     ended: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     left: bool = False
+    _news: pb.Settlement | None = None
 
     async def ask(self, errand: Errand) -> Answer:
         """The client's answer. Raises `Refused`, or `Away` where the session ends before."""
@@ -57,8 +60,24 @@ class Session:
         return errand.answer.result()
 
     def send(self, message: pb.ToAgent) -> None:
-        """Queues a message."""
+        """Queues a message; an assignment takes waiting news along."""
+        if self._news is not None and message.HasField("assignment"):
+            message = pb.ToAgent(assignment=message.assignment)
+            message.assignment.settlement.CopyFrom(self._news)
+            self._news = None
         self.outgoing.put_nowait(message)
+
+    def tell(self, settlement: pb.Settlement) -> None:
+        """Queues news of results, with the next assignment if that comes at once."""
+        if self._news is None:
+            self._news = pb.Settlement()
+            asyncio.get_running_loop().call_later(_NEWS_S, self._tell_now)
+        self._news.MergeFrom(settlement)
+
+    def _tell_now(self) -> None:
+        if self._news is not None and not self.ended.done():
+            news, self._news = self._news, None
+            self.send(pb.ToAgent(settlement=news))
 
     def end(self, last: pb.ToAgent | None = None) -> None:
         """Sends `last`, then nothing any more."""

@@ -105,6 +105,8 @@ class Errand:
             raise Refused(Reason.PAYLOAD, "a digest has 32 bytes")
         self.cut_off()
         self._announced = announced
+        if announced.at_once:
+            Spool.forget(self._path)
         self._spool = Spool(self._path, manifest.digest, due, announced.digest, finite=True)
         return self._spool
 

@@ -125,11 +125,11 @@ class RunTransport:
             published = self._published[id(parcel)] = Published(parcel)
         message = assignment_to_proto(
             assignment,
+            parcel,
+            published.digest,
             task=self._terms.task,
             strategy=self._terms.strategy,
             holds_out_valid=self._terms.holds_out_valid,
-            model_digest=published.digest,
-            model_bytes=published.payload_bytes,
         )
         return Errand(assignment, message, published, self._folder)
 
@@ -158,7 +158,7 @@ class RunTransport:
         for client, settlement in news.items():
             session = self._attendance.sessions.get(client)
             if session is not None:
-                session.send(pb.ToAgent(settlement=settlement))
+                session.tell(settlement)
 
     def release(self) -> None:
         """The run is over: what is still out counts for nothing."""
