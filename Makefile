@@ -1,12 +1,13 @@
 # make demo   install into .venv, train across four hospitals, compare strategies, export ONNX
 # make test   everything CI holds: format, lint, types, layers, tests with coverage
+# make faults kill and cut a running federation at random and count what was lost
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check bench figures clean
+.PHONY: demo test check protos bench faults figures clean
 
 $(VENV)/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +30,12 @@ check: $(VENV)/dev
 
 test: check
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=91 --durations=10
+
+protos: $(VENV)/dev
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. $(wildcard fedkit/protos/*.proto)
+
+faults: $(VENV)/dev
+	$(BIN)/python bench/faults.py
 
 $(VENV)-pfl/ready: Makefile
 	$(PYTHON) -m venv $(VENV)-pfl

@@ -231,6 +231,7 @@ class Agent:
             model=fetched,
             state=self._outbox.state(message.run),
             out=self._outbox.path(message.id),
+            spare=self._outbox.spare,
             out_state=self._outbox.state_path(message.id),
         )
 

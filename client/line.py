@@ -139,6 +139,7 @@ class Line:
 
     async def _fetch(self, message: pb.Assignment, inbox: Inbox) -> tuple[Path, Manifest]:
         call = self._download = self._download or self._calls.download(metadata=self._metadata)
+        is_at_rest = False
         try:
             async with asyncio.timeout(_STALL_S) as patience:
                 request = pb.DownloadRequest(
@@ -149,13 +150,15 @@ class Line:
                     inbox.learn(message, _header(await call.read()))
                 spool = inbox.begin(message)
                 await _fill(spool, request.offset, call, patience)
+            is_at_rest = True
             return inbox.finish(message, spool)
         except Gone:
+            is_at_rest = True
             raise
-        except BaseException:  # whatever is still on its way would be taken for the next model
-            self._download = None
-            call.cancel()
-            raise
+        finally:
+            if not is_at_rest:  # what is still on its way would be taken for the next model
+                self._download = None
+                call.cancel()
 
     async def _deliver(self, announcement: pb.Announcement, path: Path) -> pb.UploadReply:
         call = self._upload = self._upload or self._calls.upload(metadata=self._metadata)

@@ -11,6 +11,7 @@ import socket
 from typing import NoReturn
 
 from fedkit.client.worker import Outfit, work
+from fedkit.errors import RunError
 
 __all__ = ["Nursery"]
 
@@ -26,11 +27,18 @@ class Nursery:
         child.close()
 
     def fork(self) -> tuple[socket.socket, int]:
-        """A new worker's socket and process id."""
+        """A new worker's socket and process id; raises `RunError` where there can be none."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._sock, [b"+"], [theirs.fileno()])
-        return ours, int.from_bytes(self._sock.recv(8), "little")
+        try:
+            with theirs:
+                socket.send_fds(self._sock, [b"+"], [theirs.fileno()])
+            pid = int.from_bytes(self._sock.recv(8), "little")
+        except OSError:
+            pid = 0
+        if pid == 0:
+            ours.close()
+            raise RunError("no training process can be started: restart the agent, and see that it has enough memory")
+        return ours, pid
 
     def close(self) -> None:
         """Ends the process that forks; workers end with their sockets."""
@@ -44,12 +52,20 @@ def _serve(sock: socket.socket, outfit: Outfit) -> NoReturn:
         said, handles, _, _ = socket.recv_fds(sock, 1, 1)
         if not said:
             os._exit(0)
-        pid = os.fork()
+        pid = _forked()
         if pid == 0:
             sock.close()
             _work(socket.socket(fileno=handles[0]), outfit)
         os.close(handles[0])
-        sock.sendall(pid.to_bytes(8, "little"))
+        sock.sendall(max(pid, 0).to_bytes(8, "little"))
+
+
+def _forked() -> int:
+    """As `os.fork`; -1 where there is not enough memory for one more process."""
+    try:
+        return os.fork()
+    except OSError:
+        return -1
 
 
 def _work(sock: socket.socket, outfit: Outfit) -> NoReturn:

@@ -75,6 +75,11 @@ class Outbox:
         self._verified: set[str] = set()
         self._sweep()
 
+    @property
+    def spare(self) -> Path:
+        """A file that may be there, which nobody needs: the next result may take its place."""
+        return self.folder / "spare"
+
     def path(self, key: str) -> Path:
         """Where the payload of a result lies."""
         return self.folder / key
@@ -153,9 +158,15 @@ class Outbox:
             self._db.executemany("DELETE FROM results WHERE id = ?", [(key,) for key in gone])
         self._verified -= gone
         for key in gone.intersection(key for key, _, _ in rows):
-            stale += [self.path(key), *([] if key in kept.values() else [self.state_path(key)])]
+            self._spare(self.path(key))
+            stale += [] if key in kept.values() else [self.state_path(key)]
         for path in stale:
             path.unlink(missing_ok=True)
+
+    def _spare(self, path: Path) -> None:
+        """Keeps one payload file to be written over: giving its memory back and taking fresh one costs more."""
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, self.spare)
 
     def _standing(self, run: str) -> Path | None:
         """The state of the run's last accepted result."""

@@ -9,10 +9,10 @@ import json
 import os
 import signal
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import structlog
 
@@ -25,6 +25,7 @@ __all__ = ["Job", "Trainers"]
 log = structlog.get_logger("fedkit.client")
 
 Progress: TypeAlias = Callable[[int, int], None]
+T = TypeVar("T")
 
 _LENGTH = struct.Struct("<I")
 _STOP_S = 3.0  # a worker that has not stopped by itself is killed
@@ -39,13 +40,14 @@ class Job:
     model: tuple[Path, Manifest] | None
     state: Path | None
     out: Path
+    spare: Path  # may be there, and may be made into `out`
     out_state: Path
 
     def message(self, known: set[str]) -> dict[str, Any]:
         """The job as a worker reads it that has seen the manifests with the digests `known`; adds its own to them."""
         found: dict[str, Any] = {"id": self.id, "assignment": base64.b64encode(self.assignment).decode()}
         found |= {"state": None if self.state is None else str(self.state), "model": None}
-        found |= {"out": str(self.out), "out_state": str(self.out_state)}
+        found |= {"out": str(self.out), "spare": str(self.spare), "out_state": str(self.out_state)}
         if self.model is not None:
             path, manifest = self.model
             found |= {"model": str(path), "manifest_digest": manifest.digest}
@@ -67,6 +69,11 @@ class _Worker:
         self._writer = writer
         self._pid = pid
         self.known: set[str] = set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the process has ended, as far as anybody has noticed."""
+        return self._reader.at_eof() or self._writer.is_closing()
 
     def send(self, message: dict[str, Any]) -> None:
         raw = json.dumps(message).encode()
@@ -112,7 +119,7 @@ class Trainers:
             self._free.put_nowait(slot[0])
 
     async def _perform(self, slot: list[_Worker | None], job: Job, progress: Progress) -> dict[str, Any]:
-        worker = slot[0] = slot[0] or await self._start()
+        worker = slot[0] = await self._alive_or_new(slot[0])
         worker.send(job.message(worker.known))
         try:
             return await worker.outcome(job.id, progress)
@@ -122,9 +129,14 @@ class Trainers:
             detail = "the training process died, most likely out of memory"
             raise Refused(Reason.FAILED, detail) from None
         except asyncio.CancelledError:
-            stopping = asyncio.ensure_future(self._stop(worker, job))
-            slot[0] = await asyncio.shield(stopping)
+            slot[0] = await _to_its_end(self._stop(worker, job))
             raise
+
+    async def _alive_or_new(self, worker: _Worker | None) -> _Worker:
+        if worker is not None and worker.is_over:  # it was killed while it had nothing to do
+            self._end(worker)
+            worker = None
+        return worker or await self._start()
 
     async def _start(self) -> _Worker:
         sock, pid = self._nursery.fork()
@@ -154,3 +166,12 @@ class Trainers:
         for worker in list(self._alive):
             self._end(worker)
         self._nursery.close()
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns, however often whoever waits for it is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    return task.result()

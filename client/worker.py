@@ -7,6 +7,7 @@ goes on for an agent that is gone.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import queue
@@ -127,6 +128,8 @@ class _Worker:
         parcel = self._parcel(job, message)
         self._watch(0, 0)
         answer, after = self._trainer(message).perform(assignment, parcel, state)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(job["spare"], job["out"])
         facts = _written(assignment, answer, parcel.model.manifest, Path(job["out"]))
         return facts | {"has_state": _keep_state(state, after, Path(job["out_state"]))}
 
@@ -187,7 +190,7 @@ def _written(assignment: Assignment, answer: Answer, manifest: Manifest, out: Pa
 
 def _write_update(answer: Update, manifest: Manifest, out: Path) -> dict[str, Any]:
     total, size = payload_digest(manifest.digest), 0
-    with open(out, "wb", buffering=0) as file:
+    with open(os.open(out, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb", buffering=0) as file:
         for vector in (answer.weights.vector, *(answer.extra[name] for name in sorted(answer.extra))):
             view = np.ascontiguousarray(vector, dtype="<f4").view(np.uint8).data
             for start in range(0, len(view), CHUNK_BYTES):
@@ -195,6 +198,7 @@ def _write_update(answer: Update, manifest: Manifest, out: Path) -> dict[str, An
                 file.write(chunk)
                 total.update(chunk)
             size += len(view)
+        file.truncate(size)
     extras = {name: int(answer.extra[name].size) for name in sorted(answer.extra)}
     facts = {"manifest": manifest.digest, "payload_bytes": size, "digest": total.hexdigest(), "extras": extras}
     return facts | {"examples": answer.examples, "loss": answer.loss}

@@ -240,9 +240,7 @@ class AgentService:
                 await context.write(pb.UploadReply(have=spool.have))
             if not await self._fill(spool, requests, session):
                 short = Refused(Reason.PAYLOAD, f"{spool.have} of {spool.payload_bytes} bytes arrived")
-                await context.write(
-                    _refusal(announced, short)
-                )  # raises where the connection was cut
+                await context.write(_refusal(announced, short))  # raises where the connection was cut
                 raise short
             errand.take(spool)
         except Refused as refused:

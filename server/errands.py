@@ -18,7 +18,7 @@ from fedkit.spool import Spool, payload_digest, reopen
 from fedkit.weights import Vector
 from fedkit.work import Answer, Update
 
-__all__ = ["Errand", "Published"]
+__all__ = ["Errand", "Published", "require_examples"]
 
 
 class Published:

@@ -27,7 +27,7 @@ from fedkit.server.operators import OperatorService
 from fedkit.server.runs import Runs
 from fedkit.task import Task
 
-__all__ = ["Coordinator", "CoordinatorSettings", "coordinate"]
+__all__ = ["Coordinator", "CoordinatorSettings", "coordinate", "require_loopback"]
 
 log = structlog.get_logger("fedkit.server")
 

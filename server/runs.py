@@ -15,7 +15,7 @@ import structlog
 
 from fedkit import packing, registry
 from fedkit.config import parse
-from fedkit.errors import FedkitError, Reason, RunError
+from fedkit.errors import FedkitError, Reason, RunError, StorageError
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome, Plan, conduct
 from fedkit.rounds.journal import RoundRecord
@@ -34,6 +34,8 @@ from fedkit.weights import Weights
 __all__ = ["Runs"]
 
 log = structlog.get_logger("fedkit.server")
+
+_DISK_S = 15.0  # between two tries to go on with a disk that did not do its part
 
 
 @dataclass(eq=False)
@@ -106,7 +108,7 @@ class Runs:
         name = file.run.task or ""
         return self._tasks.get(name) or registry.find_task(name)
 
-    def _begin(self, stored: StoredRun) -> None:
+    def _begin(self, stored: StoredRun) -> _Live:
         file = parse(RunFile, stored.file)
         strategy, task = file.build_strategy(), self._task(file)
         terms = Terms(stored.id, task.name, type(strategy).__name__, file.evaluate is not None)
@@ -124,6 +126,7 @@ class Runs:
             on_round=functools.partial(self._committed, live),
         )
         live.task = asyncio.create_task(self._conduct(live, plan))
+        return live
 
     def _init(self, stored: StoredRun, journal: SqliteJournal) -> Weights | None:
         """The weights a run begins with; none where it has begun."""
@@ -141,6 +144,8 @@ class Runs:
                 if not live.cancelled:
                     raise  # the coordinator ends, the run goes on with the next one
                 self._end(live, "cancelled", "")
+            except StorageError as error:
+                await self._wait_for_disk(live, error)
             except FedkitError as error:
                 self._end(live, "failed", str(error))
             except Exception as error:  # the strategy's own code runs here, and may raise anything
@@ -148,6 +153,14 @@ class Runs:
                 log.exception("strategy failed")
             else:
                 self._end(live, "finished", "", _facts(outcome))
+
+    async def _wait_for_disk(self, live: _Live, error: StorageError) -> None:
+        """Nothing is lost: the run is taken up again from its journal, as after a restart."""
+        log.error("run pauses", error=str(error), again_in_s=_DISK_S)
+        live.transport.waits_for = str(error)
+        await asyncio.sleep(_DISK_S)
+        following = self._begin(self._database.run(live.name))
+        following.watchers |= live.watchers
 
     def _end(self, live: _Live, state: Any, detail: str, outcome: dict[str, Any] | None = None) -> None:
         live.transport.release()

@@ -26,6 +26,8 @@ __all__ = ["Fates", "RunTransport", "Terms"]
 
 T = TypeVar("T")
 
+_SMALL_BYTES = 4 << 20
+
 log = structlog.get_logger("fedkit.server")
 
 
@@ -58,6 +60,7 @@ class RunTransport:
         self._folder = folder
         self._metrics = metrics
         self._asked: dict[str, str] = {}
+        self._model_bytes = 0
         self._published: weakref.WeakValueDictionary[int, Published] = weakref.WeakValueDictionary()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -75,9 +78,9 @@ class RunTransport:
             await asyncio.sleep(left)
 
     async def aside(self, phase: Literal["fold", "commit"], work: Callable[[], T]) -> T:
-        """What `work()` returns, from a thread, so that streams go on meanwhile."""
+        """What `work()` returns: small models at once, large ones from a thread, so that streams go on meanwhile."""
         with self._metrics.seconds.labels(phase=phase).time():
-            return await asyncio.to_thread(work)
+            return work() if self._model_bytes <= _SMALL_BYTES else await asyncio.to_thread(work)
 
     async def assemble(self, least: int) -> None:
         """Returns when `least` clients are here and nobody is missing who went away a moment ago."""
@@ -123,6 +126,7 @@ class RunTransport:
         published = self._published.get(id(parcel))  # which holds the parcel, so that its id stays its own
         if published is None:
             published = self._published[id(parcel)] = Published(parcel)
+        self._model_bytes = published.payload_bytes
         message = assignment_to_proto(
             assignment,
             parcel,

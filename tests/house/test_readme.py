@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fedkit.demo.heart import HOSPITALS
+from fedkit.loopback import Loopback
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 NUMBER = re.compile(r"\d+\.\d+")
@@ -38,7 +41,7 @@ def test_the_first_program_has_at_most_twenty_lines_and_prints_what_is_shown(tmp
 
 def test_the_strategy_of_the_readme_trains_and_keeps_its_state(tmp_path: Path) -> None:
     program = f"""
-{PROGRAMS[1]}
+{PROGRAMS[2]}
 import fedkit
 from fedkit.testing import toy_task
 fit = fedkit.Fit(steps=5, lr=0.1)
@@ -46,6 +49,18 @@ result = fedkit.simulate(toy_task(), FedAvgM(rounds=3, momentum=0.5, local=fit),
 print(result.history[0].loss > result.history[-1].loss, list(result.strategy.state_dict()))
 """
     assert run(program, tmp_path) == "True ['velocity']\n"
+
+
+def test_the_program_for_a_federation_gives_the_bits_of_simulation(tmp_path: Path) -> None:
+    with Loopback(tmp_path, ["heart"], HOSPITALS) as federation:
+        program = f"""
+import fedkit
+from fedkit.demo.heart import HOSPITALS, task
+from fedkit.strategies import FedAvg
+{PROGRAMS[1].replace("127.0.0.1:8443", federation.address)}
+print(result.weights == fedkit.simulate(task, FedAvg(rounds=15), clients=HOSPITALS, seed=42, threads=1).weights)
+"""
+        assert run(program, tmp_path) == "True\n"
 
 
 def test_the_heart_example_prints_what_its_readme_shows(tmp_path: Path) -> None:
