@@ -7,7 +7,7 @@ from pathlib import Path
 from fedkit.errors import PayloadError
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
-from fedkit.spool import Spool
+from fedkit.spool import Spares, Spool
 from fedkit.weights import Manifest
 
 __all__ = ["Inbox"]
@@ -27,6 +27,7 @@ class Inbox:
         for path in folder.iterdir():
             if path.suffix != ".part":
                 path.unlink()
+        self._spares = Spares(folder, 1)
 
     def find(self, message: pb.Assignment) -> tuple[Path, Manifest] | None:
         """The assignment's payload and what is in it, if both are here."""
@@ -61,14 +62,14 @@ class Inbox:
         if message.model_bytes != due or len(message.model_digest) != 32:
             raise PayloadError(f"{message.model_bytes} bytes are announced, the model needs {due}")
         path = self._folder / message.model_digest.hex()
-        return Spool(path, manifest.digest, due, message.model_digest)
+        return Spool(path, manifest.digest, due, message.model_digest, spares=self._spares)
 
     def finish(self, message: pb.Assignment, spool: Spool) -> tuple[Path, Manifest]:
         """The payload is whole; those used longest ago go."""
         path = spool.finish()
         self._touch(path.name)
         while len(self._used) > self._keep:
-            (self._folder / self._used.pop(0)).unlink(missing_ok=True)
+            self._spares.give(self._folder / self._used.pop(0))
         return path, self._manifests[message.manifest_digest]
 
     def _touch(self, name: str) -> None:

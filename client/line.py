@@ -199,7 +199,8 @@ async def _fill(spool: Spool, offset: int, call: Any, patience: asyncio.Timeout)
         spool.discard()
         raise
     finally:
-        spool.close()
+        if not spool.is_complete:
+            spool.close()
 
 
 async def _hand_in(call: Any, announcement: pb.Announcement, path: Path, patience: asyncio.Timeout) -> pb.UploadReply:

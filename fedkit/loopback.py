@@ -84,6 +84,9 @@ class Loopback:
         self._start(name, "client", *given, "--threads", "1", *self._tasks)
 
     def _start(self, name: str, command: str, *arguments: str) -> None:
+        before = self.processes.get(name)
+        if before is not None and before.stdin is not None:
+            before.stdin.close()
         with self._log(name) as log:
             self.processes[name] = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", "fedkit", command, *arguments, "--log", "json", "--tethered"],

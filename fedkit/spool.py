@@ -18,7 +18,7 @@ from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.weights import Manifest, Vector, Weights
 
-__all__ = ["Spool", "Spooled", "SpooledExtras", "payload_digest", "reopen"]
+__all__ = ["Spares", "Spool", "Spooled", "SpooledExtras", "payload_digest", "reopen"]
 
 _ITEM = 4  # bytes of a float32
 
@@ -28,15 +28,60 @@ def payload_digest(manifest_digest: str) -> blake3:
     return blake3(manifest_digest.encode())
 
 
+class Spares:
+    """Files of `folder` that nobody needs any more, at most `most`, to be written over.
+
+    Giving a file's memory back and taking fresh one costs more than writing the payload. What an earlier process left
+    is removed: only whole payloads and `.part` files mean anything after a crash.
+    """
+
+    def __init__(self, folder: Path, most: int) -> None:
+        self._folder = folder
+        self._most = most
+        self._free: list[Path] = []
+        self._made = 0
+        for path in folder.iterdir():
+            if path.suffix in (".over", ".spare"):
+                path.unlink()
+
+    def give(self, path: Path) -> None:
+        """The file at `path`, if there is one, is not needed any more."""
+        spare = self._folder / f"{self._made}.spare"
+        try:
+            if len(self._free) >= self._most:
+                path.unlink()
+                return
+            os.replace(path, spare)
+        except FileNotFoundError:
+            return
+        self._free.append(spare)
+        self._made += 1
+
+    def take(self, path: Path) -> bool:
+        """Puts a spare file at `path`; False where there is none."""
+        if not self._free:
+            return False
+        os.replace(self._free.pop(), path)
+        return True
+
+
 class Spool:
     """One payload on its way into a file. `have` is the number of bytes taken; the next chunk continues there.
 
-    What an earlier process left in `path` with the ending `.part` counts, once its bytes have been hashed again. With
-    `finite`, NaN and infinity are refused as they go by. Raises `PayloadError`, or `Refused` for NaN and infinity.
+    What was left in `path` with the ending `.part` counts, once its bytes have been hashed again. With `finite`, NaN
+    and infinity are refused as they go by. A file of `spares` is written over under the ending `.over`, which becomes
+    `.part` when the spool is closed early. Raises `PayloadError`, or `Refused` for NaN and infinity.
     """
 
     def __init__(
-        self, path: Path, manifest_digest: str, payload_bytes: int, digest: bytes, *, finite: bool = False
+        self,
+        path: Path,
+        manifest_digest: str,
+        payload_bytes: int,
+        digest: bytes,
+        *,
+        finite: bool = False,
+        spares: Spares | None = None,
     ) -> None:
         self.path = path
         self.payload_bytes = payload_bytes
@@ -45,8 +90,12 @@ class Spool:
         self._finite = finite
         self._hash = payload_digest(manifest_digest)
         self._part = path.with_name(path.name + ".part")
-        self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._resume()
+        over = path.with_name(path.name + ".over")
+        self._is_over = not self._part.exists() and spares is not None and spares.take(over)
+        self._at = over if self._is_over else self._part
+        self._file = os.open(self._at, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not self._is_over:
+            self._resume()
 
     @staticmethod
     def forget(path: Path) -> None:
@@ -91,20 +140,28 @@ class Spool:
         if self._hash.digest() != self._digest:
             self.discard()
             raise PayloadError("the payload's digest is not the announced one; the bytes were changed on the way")
-        os.replace(self._part, self.path)
+        if os.stat(self._at).st_size != self.payload_bytes:
+            os.truncate(self._at, self.payload_bytes)
+        os.replace(self._at, self.path)
+        self._is_over = False
         self.close()
         return self.path
 
     def close(self) -> None:
         """Stops taking chunks; what is there stays for another process."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        if self._file < 0:
+            return
+        if self._is_over:
+            os.ftruncate(self._file, self.have)
+            os.replace(self._at, self._part)
+            self._at, self._is_over = self._part, False
+        os.close(self._file)
+        self._file = -1
 
     def discard(self) -> None:
         """Stops taking chunks and removes what is there."""
         self.close()
-        self._part.unlink(missing_ok=True)
+        self._at.unlink(missing_ok=True)
 
 
 def _is_finite(values: Vector) -> bool:

@@ -26,8 +26,11 @@ class Answers:
     The vectors of an update that lies in `spool` stay in their file.
     """
 
-    def __init__(self, database: Database, round: int | None, spool: Path | None) -> None:
+    def __init__(
+        self, database: Database, round: int | None, spool: Path | None, remove: Callable[[Path], None] | None = None
+    ) -> None:
         self._database = database
+        self._remove_file = remove or _unlink
         self._spool = None if spool is None else spool.resolve()
         self._fresh: dict[str, Answer] = {}
         self._written = {key for (key,) in database.rows("SELECT id FROM answers WHERE round = ?", (round,))}
@@ -74,7 +77,7 @@ class Answers:
 
     def _remove(self, path: Path) -> None:
         try:
-            path.unlink(missing_ok=True)
+            self._remove_file(path)
         except OSError as error:
             text = f"{path}: {error.strerror}; the coordinator must be able to remove its own files"
             raise StorageError(text) from error
@@ -101,3 +104,7 @@ class Answers:
         if found is None or found[0].manifest.digest != manifest:
             return None
         return Update(found[0], examples, loss, found[1])
+
+
+def _unlink(path: Path) -> None:
+    path.unlink(missing_ok=True)

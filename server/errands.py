@@ -14,7 +14,7 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
 from fedkit.protos.wire import frame
 from fedkit.rounds.assignment import Assignment, Parcel
-from fedkit.spool import Spool, payload_digest, reopen
+from fedkit.spool import Spares, Spool, payload_digest, reopen
 from fedkit.weights import Vector
 from fedkit.work import Answer, Update
 
@@ -77,7 +77,9 @@ class Errand:
     `answer` ends with the answer or with `Refused`. `done` of `total` steps is what the client last reported.
     """
 
-    def __init__(self, assignment: Assignment, message: pb.Assignment, published: Published, folder: Path) -> None:
+    def __init__(
+        self, assignment: Assignment, message: pb.Assignment, published: Published, folder: Path, spares: Spares
+    ) -> None:
         self.assignment = assignment
         self.message = message
         self.published = published
@@ -85,6 +87,7 @@ class Errand:
         self.done = 0
         self.total = 0
         self._path = folder / assignment.id
+        self._spares = spares
         self._spool: Spool | None = None
         self._announced: pb.Announcement | None = None
 
@@ -107,7 +110,7 @@ class Errand:
         self._announced = announced
         if announced.at_once:
             Spool.forget(self._path)
-        self._spool = Spool(self._path, manifest.digest, due, announced.digest, finite=True)
+        self._spool = Spool(self._path, manifest.digest, due, announced.digest, finite=True, spares=self._spares)
         return self._spool
 
     def expects(self, spool: Spool | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class SqliteJournal:
     Each write is one transaction. `commit` makes the model durable before the row that names it, writes down what
     became of the round's assignments (as `Database.settle` does), and removes what nothing refers to any more. Answers
     are written together with the next fact. `spool` is the folder of the run's spool files: an update in it is kept by
-    its name and read again by `reopen`, which gets the names and lengths (in elements) of the extras behind the model.
+    its name and read again by `reopen`, which gets the names and lengths (in elements) of the extras behind the model;
+    `remove` is given each file that is not needed any more (None: it is unlinked).
     Models and strategy states of at most `inline_bytes` lie in the database. Raises `StorageError` where the disk does
     not do its part; what was to be written is then not there at all.
     """
@@ -49,6 +50,7 @@ class SqliteJournal:
         spool: Path | None = None,
         reopen: Reopen | None = None,
         *,
+        remove: Callable[[Path], None] | None = None,
         inline_bytes: int = INLINE_BYTES,
     ) -> None:
         self._database = database
@@ -65,7 +67,7 @@ class SqliteJournal:
         self._history = self._records("committed")
         self._attempts = self._records("abandoned")
         self._read_open()
-        self._answers = Answers(database, self._position, spool)
+        self._answers = Answers(database, self._position, spool, remove)
 
     # -- what stands -----------------------------------------------------------------------------------------------
 

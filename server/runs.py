@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Runs:
         terms = Terms(stored.id, task.name, type(strategy).__name__, file.evaluate is not None)
         spool = self._folder / "spool" / stored.id
         transport = RunTransport(terms, self._attendance, self._database, spool, self._metrics)
-        live = self._live[stored.name] = _Live(stored.name, transport, self._journal(stored))
+        live = self._live[stored.name] = _Live(stored.name, transport, self._journal(stored, transport.spares.give))
         plan = Plan(
             name=stored.id,
             task=task,
@@ -132,8 +132,9 @@ class Runs:
         """The weights a run begins with; none where it has begun."""
         return None if stored.init is None or journal.last() is not None else self._blobs.get(stored.init)
 
-    def _journal(self, stored: StoredRun) -> SqliteJournal:
-        return SqliteJournal(self._database, self._blobs, stored.name, spool=self._folder / "spool" / stored.id)
+    def _journal(self, stored: StoredRun, remove: Callable[[Path], None] | None = None) -> SqliteJournal:
+        spool = self._folder / "spool" / stored.id
+        return SqliteJournal(self._database, self._blobs, stored.name, spool=spool, remove=remove)
 
     async def _conduct(self, live: _Live, plan: Plan) -> None:
         with structlog.contextvars.bound_contextvars(run=plan.name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 import weakref
 from collections import defaultdict
@@ -20,6 +21,7 @@ from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.server.attendance import Attendance, Away
 from fedkit.server.errands import Errand, Published
 from fedkit.server.metrics import Metrics
+from fedkit.spool import Spares, Spool
 from fedkit.work import Answer
 
 __all__ = ["Fates", "RunTransport", "Terms"]
@@ -27,6 +29,7 @@ __all__ = ["Fates", "RunTransport", "Terms"]
 T = TypeVar("T")
 
 _SMALL_BYTES = 4 << 20
+_SPARES = 64
 
 log = structlog.get_logger("fedkit.server")
 
@@ -63,6 +66,7 @@ class RunTransport:
         self._model_bytes = 0
         self._published: weakref.WeakValueDictionary[int, Published] = weakref.WeakValueDictionary()
         folder.mkdir(parents=True, exist_ok=True)
+        self.spares = Spares(folder, _SPARES)
 
     def present(self) -> list[str]:
         """The clients here that know the run's task."""
@@ -135,7 +139,7 @@ class RunTransport:
             strategy=self._terms.strategy,
             holds_out_valid=self._terms.holds_out_valid,
         )
-        return Errand(assignment, message, published, self._folder)
+        return Errand(assignment, message, published, self._folder, self.spares)
 
     def _refused(self, assignment: Assignment, refused: Refused) -> None:
         self._metrics.refusals.labels(reason=refused.reason.value).inc()
@@ -167,8 +171,9 @@ class RunTransport:
     def release(self) -> None:
         """The run is over: what is still out counts for nothing."""
         self.committed([], list(self._asked))
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _forget(self, key: str) -> str:
-        for name in (key, f"{key}.part"):
-            (self._folder / name).unlink(missing_ok=True)
+        self.spares.give(self._folder / key)
+        Spool.forget(self._folder / key)
         return self._asked.pop(key, "")
