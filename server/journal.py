@@ -89,6 +89,17 @@ class SqliteJournal:
         """The records of abandoned attempts, in order."""
         return list(self._attempts)
 
+    def latest(self) -> RoundRecord | None:
+        """The record of the last commit, without its model."""
+        sql = "SELECT record FROM rounds WHERE run = ? AND state = 'committed' ORDER BY position DESC LIMIT 1"
+        row = self._database.row(sql, (self._run,))
+        return None if row is None else record_from_json(row[0])
+
+    def has_best(self) -> bool:
+        """Whether any commit's record says best."""
+        sql = "SELECT 1 FROM rounds WHERE run = ? AND state = 'committed' AND best LIMIT 1"
+        return self._database.row(sql, (self._run,)) is not None
+
     def _records(self, state: str) -> list[RoundRecord]:
         sql = "SELECT record FROM rounds WHERE run = ? AND state = ? ORDER BY position"
         return [record_from_json(text) for (text,) in self._database.rows(sql, (self._run, state))]

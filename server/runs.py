@@ -215,22 +215,21 @@ class Runs:
         file = parse(RunFile, stored.file)
         live = self._live.get(stored.name)
         journal = live.journal if live is not None else self._journal(stored)
-        history = journal.history()
+        last = journal.latest()
         waits = live.transport.waits_for if live is not None else ""
-        models = ["final"] if history else []
-        models += ["best"] if any(record.best for record in history) else []
+        models = [*(["final"] if last is not None else []), *(["best"] if journal.has_best() else [])]
         return RunStatus(
             name=stored.name,
             task=file.run.task or "",
             strategy=str(file.strategy.get("name")),
             state="waiting" if waits else stored.state,
-            round=max((record.round for record in history), default=0),
+            round=0 if last is None else last.round,
             rounds=_rounds(file),
             seed=file.run.seed,
             detail=waits or stored.detail,
             submitted_at=stored.submitted_at,
             ended_at=stored.ended_at or 0.0,
-            last=history[-1] if history and history[-1].round > 0 else None,
+            last=last if last is not None and last.round > 0 else None,
             models=tuple(models),
         )
 
