@@ -16,6 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fedkit
+from bench import echo
+from bench.processes import free_port
+from bench.proxy import Proxy, Side
 from bench.table import Figure, show
 from fedkit.demo.heart import HOSPITALS, task
 from fedkit.loopback import Loopback
@@ -109,6 +112,36 @@ def stored(folder: Path) -> Counter[str]:
     return found
 
 
+class BadLine(Loopback):
+    """One agent that reaches its coordinator over a line which can be cut."""
+
+    def __init__(self, folder: Path, task: str) -> None:
+        here = str(Path(__file__).parents[1])
+        super().__init__(folder, [task], ["ada"], port=free_port(), rejoin_s=60.0, environment={"PYTHONPATH": here})
+        self.line = Proxy(self.address)
+        self.line.delay_s = 0.0005  # no faster than 128 MB/s, so that no more is on its way than on a real line
+
+    def start_client(self, name: str) -> None:
+        """Starts the agent at the near end of the line."""
+        port, self.port = self.port, int(self.line.address.rpartition(":")[2])
+        super().start_client(name)
+        self.port = port
+
+
+def resent(side: Side, cuts: int, seed: int) -> float:
+    """Bytes that went over the line for 100 MB in one direction, cut at random moments, as a multiple of them."""
+    size, draw = 100_000_000, random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        federation = BadLine(Path(folder), "bench.echo:mb100")
+        with federation.line as line, federation:
+            line.cut_at(side, sorted(draw.randrange(size) for _ in range(cuts)))
+            with fedkit.connect(federation.address) as coordinator:
+                coordinator.run(echo.mb100, FedAvg(rounds=1), min_clients=1, progress=False)
+        assert line.cuts == cuts
+    also = size if side == "down" else 0  # the new model, whose scores are asked for
+    return (line.count[side] - also) / size
+
+
 STRATEGIES: dict[str, Strategy] = {
     "FedAvg": FedAvg(rounds=60, local=fedkit.Fit(steps=400, batch_size=4, lr=0.003)),
     "CyclicWeightTransfer": CyclicWeightTransfer(rounds=40, local=fedkit.Fit(steps=200, batch_size=4, lr=0.001)),
@@ -135,6 +168,9 @@ def main() -> None:
                 f"{name}: longest time to resume, s", max(report.resumed_s), "<= 10", "kill to next committed round"
             ),
         ]
+    for side, name in (("up", "upload"), ("down", "download")):
+        ratio = resent(side, 20, chosen.seed)
+        figures.append(Figure(f"{name} of 100 MB, cut 20 times: bytes sent / size", ratio, "<= 1.15"))
     sys.exit(not show("Faults", figures))
 
 

@@ -174,7 +174,7 @@ class Agent:
         if message.id in self._errands:
             self._errands[message.id].line = line
             return
-        about = {"run": message.run, "round": message.round, "client": self._settings.name, "assignment": message.id}
+        about = _about(message, self._settings.name)
         log.debug("assignment", **about, work=message.WhichOneof("work"))
         errand = self._errands[message.id] = _Errand(message, line)
         errand.task = asyncio.create_task(self._do(errand, about))
@@ -222,7 +222,7 @@ class Agent:
         facts = {name: outcome[name] for name in Stored.__slots__ if name in outcome}
         stored = Stored(**(facts | {"id": message.id, "run": message.run}))
         self._outbox.put(stored, has_state=outcome["has_state"])
-        log.info("stored", run=message.run, round=message.round, assignment=message.id, bytes=stored.payload_bytes)
+        log.info("stored", **_about(message, self._settings.name), bytes=stored.payload_bytes)
 
     def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None) -> Job:
         return Job(
@@ -298,3 +298,8 @@ class Agent:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _about(message: pb.Assignment, client: str) -> dict[str, Any]:
+    """What each event on an assignment names."""
+    return {"run": message.run, "round": message.round, "client": client, "assignment": message.id}

@@ -17,7 +17,7 @@ from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import PayloadError
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
-from fedkit.protos.wire import SESSION_KEY, Calls, frame, unframe
+from fedkit.protos.wire import RESUMED_BYTES, SESSION_KEY, Calls, frame, unframe
 from fedkit.spool import Spool
 from fedkit.weights import Manifest
 
@@ -232,8 +232,9 @@ async def _stream_file(call: Any, path: Path, offset: int, patience: asyncio.Tim
             raise PayloadError(f"the coordinator claims to have {offset} of {size} bytes")
         if size:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-                for start in range(offset, size, CHUNK_BYTES):
-                    with view[start : start + CHUNK_BYTES] as chunk:
+                step = RESUMED_BYTES if offset else CHUNK_BYTES
+                for start in range(offset, size, step):
+                    with view[start : start + step] as chunk:
                         raw = frame(chunk)
                     await call.write(raw)
                     _extend(patience)

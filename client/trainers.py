@@ -139,7 +139,7 @@ class Trainers:
         return worker or await self._start()
 
     async def _start(self) -> _Worker:
-        sock, pid = self._nursery.fork()
+        sock, pid = await asyncio.to_thread(self._nursery.fork)
         sock.setblocking(False)
         reader, writer = await asyncio.open_unix_connection(sock=sock, limit=1 << 26)
         worker = _Worker(reader, writer, pid)

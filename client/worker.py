@@ -27,6 +27,7 @@ from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import Reason, Refused
 from fedkit.logs import where
 from fedkit.packing import pack, unpack
+from fedkit.process import tune_malloc
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert
 from fedkit.rounds.assignment import Assignment, Parcel
@@ -79,6 +80,7 @@ def _read(sock: socket.socket, size: int) -> bytes | None:
 
 def work(sock: socket.socket, outfit: Outfit) -> None:
     """Does what it is asked over `sock` until that closes."""
+    tune_malloc(greedy=True)
     if outfit.threads is not None:
         torch.set_num_threads(outfit.threads)
     _Worker(sock, outfit).run()

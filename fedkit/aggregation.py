@@ -7,6 +7,7 @@ wait there, and are added block by block at the end, straight into the mean.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
@@ -15,12 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fedkit.errors import Reason, Refused
-from fedkit.weights import BLOCK, Manifest, Vector, Weights
+from fedkit.spool import Spooled, SpooledExtras, Values
+from fedkit.weights import Manifest, Vector, Weights
 from fedkit.work import Answer, MetricSums, Summary, Update
 
 __all__ = ["Fold", "KeepFold", "Mean", "MeanFold", "SumFold", "Total", "Weighting"]
 
 Weighting: TypeAlias = Literal["examples", "uniform"]
+_PIECE = 1 << 18  # elements that are read from one file at a time
+_BLOCK = 1 << 16  # elements that are added at a time, which stay in the cache of a processor's core
+_MOST_OPEN = 256  # files that one fold keeps open
 _MAX_KINDS = 4  # different sets of extra vectors that are told apart in one mean
 
 A = TypeVar("A", bound=Answer)
@@ -99,58 +104,87 @@ class Fold(Generic[A]):
         raise NotImplementedError
 
 
+class _Sum:
+    """The sum of weighted vectors of `size` elements in float64, in the order in which they are added.
+
+    What lies in files waits there, and so does all that comes after it. It is read once, a piece of each in turn.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._total: npt.NDArray[np.float64] | None = None
+        self._term = np.empty(min(_BLOCK, size))
+        self._waiting: list[tuple[Vector | Values, int]] = []
+
+    def add(self, values: Vector | Values, weight: int) -> None:
+        """Adds `weight` times `values`."""
+        if self._waiting or isinstance(values, Values):
+            self._waiting.append((values, weight))
+            return
+        if self._total is None:
+            self._total = np.zeros(self._size)
+        self._add_to(self._total, values, weight)
+
+    def _add_to(self, total: npt.NDArray[np.float64], values: Vector, weight: int) -> None:
+        for start in range(0, len(total), _BLOCK):
+            into = total[start : start + _BLOCK]
+            term = self._term[: len(into)]
+            np.copyto(term, values[start : start + _BLOCK])  # faster than a product of mixed types
+            np.multiply(term, np.float64(weight), out=term)
+            np.add(into, term, out=into)
+
+    def mean(self, weight: int) -> Vector:
+        """Sum / weight, rounded once to float32; of nothing, zeros."""
+        out = np.empty(self._size, dtype=np.float32)
+        total, read = np.empty(min(_PIECE, self._size)), np.empty(min(_PIECE, self._size), dtype=np.float32)
+        with contextlib.ExitStack() as files:
+            for values, _ in self._waiting[:_MOST_OPEN]:
+                if isinstance(values, Values):
+                    files.enter_context(values)
+            for start in range(0, self._size, _PIECE):
+                part = slice(0, min(_PIECE, self._size - start))
+                self._sum_piece(start, total[part], read[part])
+                np.divide(total[part], weight or 1, out=out[start : start + _PIECE], casting="same_kind")
+        return out
+
+    def _sum_piece(self, start: int, total: npt.NDArray[np.float64], read: Vector) -> None:
+        total[:] = 0.0 if self._total is None else self._total[start : start + len(total)]
+        for values, weight in self._waiting:
+            if isinstance(values, Values):
+                values.read(start, read)
+                self._add_to(total, read, weight)
+            else:
+                self._add_to(total, values[start : start + len(total)], weight)
+
+
 class _Part:
     """The sum of updates that carry the same extra vectors, as far as it has been added up."""
 
     def __init__(self, size: int, extra: Mapping[str, int]) -> None:
-        self._size = size
-        self._sum: npt.NDArray[np.float64] | None = None
-        self._scratch: npt.NDArray[np.float64] | None = None
-        self._stored: list[tuple[Weights, int]] = []
-        self.extra = {name: np.zeros(length, dtype=np.float64) for name, length in extra.items()}
-        self.weight = 0
-        self.losses = np.zeros(2, dtype=np.float64)
+        self._sum = _Sum(size)
+        self._extra = {name: _Sum(length) for name, length in extra.items()}
+        self._weight = 0
+        self._losses = np.zeros(2, dtype=np.float64)
         self.clients: list[str] = []
         self.examples = 0
 
     def add(self, client: str, answer: Update, weight: int) -> None:
-        if answer.weights.is_stored or self._stored:
-            self._stored.append((answer.weights, weight))
-        else:
-            self._add_now(answer.weights.vector, weight)
-        for name, vector in answer.extra.items():
-            self.extra[name] += vector * np.float64(weight)
+        weights, extra = answer.weights, answer.extra
+        self._sum.add(weights.values if isinstance(weights, Spooled) else weights.vector, weight)
+        for name, total in self._extra.items():
+            total.add(extra.values_of(name) if isinstance(extra, SpooledExtras) else extra[name], weight)
         if answer.loss is not None:
-            self.losses += (answer.loss * answer.examples, answer.examples)
-        self.weight += weight
+            self._losses += (answer.loss * answer.examples, answer.examples)
+        self._weight += weight
         self.clients.append(client)
         self.examples += answer.examples
 
-    def _add_now(self, vector: Vector, weight: int) -> None:
-        if self._sum is None or self._scratch is None:
-            self._sum, self._scratch = np.zeros(self._size), np.empty(self._size)
-        np.multiply(vector, np.float64(weight), out=self._scratch)
-        self._sum += self._scratch
-
-    def mean(self) -> Vector:
-        """Sum / weight, rounded once to float32; of nothing, zeros."""
-        self._scratch = None
-        out = np.empty(self._size, dtype=np.float32)
-        size = min(BLOCK, self._size)
-        total, term, read = np.empty(size), np.empty(size), np.empty(size, dtype=np.float32)
-        for start in range(0, self._size, BLOCK):
-            part = slice(0, min(BLOCK, self._size - start))
-            self._fold_block(start, total[part], term[part], read[part])
-            np.divide(total[part], self.weight or 1, out=out[start : start + BLOCK], casting="same_kind")
-        return out
-
-    def _fold_block(
-        self, start: int, total: npt.NDArray[np.float64], term: npt.NDArray[np.float64], read: Vector
-    ) -> None:
-        total[:] = 0.0 if self._sum is None else self._sum[start : start + len(total)]
-        for weights, weight in self._stored:
-            np.multiply(weights.block(start, read), np.float64(weight), out=term)
-            total += term
+    def mean(self, manifest: Manifest) -> Mean:
+        """The mean of what was added; of nothing, zeros."""
+        update = Weights(manifest, self._sum.mean(self._weight))
+        extra = {name: total.mean(self._weight) for name, total in self._extra.items()}
+        loss = float(self._losses[0] / self._losses[1]) if self._losses[1] else None
+        return Mean(update, self.examples, tuple(self.clients), loss, extra)
 
 
 class MeanFold(Fold[Update]):
@@ -193,12 +227,8 @@ class MeanFold(Fold[Update]):
     def result(self) -> Mean:
         """The mean of all that was added; of nothing, zeros."""
         self.close()
-        part = next(iter(self._parts.values()), _Part(self._manifest.size, {}))
-        weight = part.weight or 1
-        update = Weights(self._manifest, part.mean())
-        extra = {name: (total / weight).astype(np.float32) for name, total in part.extra.items()}
-        loss = float(part.losses[0] / part.losses[1]) if part.losses[1] else None
-        return Mean(update, self.examples, tuple(self.clients), loss, extra)
+        part = next(iter(self._parts.values()), None) or _Part(self._manifest.size, {})
+        return part.mean(self._manifest)
 
 
 class KeepFold(Fold[Update]):

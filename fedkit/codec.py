@@ -82,7 +82,7 @@ def encode(weights: Weights) -> tuple[Header, Iterator[memoryview]]:
     """The header, and the payload in chunks of `CHUNK_BYTES` that are views of the vector, not copies."""
     vector = weights.vector if _LITTLE else weights.vector.astype("<f4")
     payload = vector.view(np.uint8).data
-    header = Header(weights.manifest, len(payload), _digest(weights.manifest).update(payload).hexdigest())
+    header = Header(weights.manifest, len(payload), weights.digest)
     return header, (payload[start : start + CHUNK_BYTES] for start in range(0, len(payload), CHUNK_BYTES))
 
 
@@ -126,7 +126,9 @@ class Decoder:
             raise PayloadError(f"{self.offset} of {self.header.payload_bytes} bytes arrived")
         if self._hash.hexdigest() != self.header.digest:
             raise PayloadError("the payload's digest is not the announced one; the bytes were changed on the way")
-        return Weights(self.header.manifest, np.frombuffer(self._received, dtype="<f4"))
+        weights = Weights(self.header.manifest, np.frombuffer(self._received, dtype="<f4"))
+        weights.digest = self.header.digest  # has just been checked, and need not be worked out again
+        return weights
 
 
 def save(path: Path | str, weights: Weights) -> None:

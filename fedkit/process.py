@@ -14,13 +14,15 @@ __all__ = ["fast_loop", "on_stop", "tune_malloc"]
 
 # The numbers of glibc's malloc.h. Chunks of a model then come from memory that is already there: with the defaults each
 # one of 128 KiB and more is mapped, touched for the first time, and unmapped.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _SETTINGS = {_MMAP_THRESHOLD: 4 << 20, _TRIM_THRESHOLD: 256 << 20, _ARENA_MAX: 2}
+_GREEDY = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 1 << 30}
 
 
-def tune_malloc() -> bool:
+def tune_malloc(*, greedy: bool = False) -> bool:
     """Keeps freed memory of up to 4 MiB a piece for reuse; True where that was possible, which is with glibc.
 
+    With `greedy`, up to 1 GiB of any pieces: for a process that makes arrays of one model's size again and again.
     Call it before the process starts threads.
     """
     if not sys.platform.startswith("linux"):
@@ -28,7 +30,7 @@ def tune_malloc() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    return all(libc.mallopt(setting, value) for setting, value in _SETTINGS.items())
+    return all(libc.mallopt(setting, value) for setting, value in (_GREEDY if greedy else _SETTINGS).items())
 
 
 def fast_loop() -> Callable[[], asyncio.AbstractEventLoop]:

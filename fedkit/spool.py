@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from blake3 import blake3
@@ -18,7 +19,7 @@ from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.weights import Manifest, Vector, Weights
 
-__all__ = ["Spares", "Spool", "Spooled", "SpooledExtras", "payload_digest", "reopen"]
+__all__ = ["Spares", "Spool", "Spooled", "SpooledExtras", "Values", "payload_digest", "reopen"]
 
 _ITEM = 4  # bytes of a float32
 
@@ -105,8 +106,9 @@ class Spool:
     def _resume(self) -> None:
         left = min(os.fstat(self._file).st_size, self.payload_bytes) // _ITEM * _ITEM
         while self.have < left:
-            chunk = os.pread(self._file, min(CHUNK_BYTES, left - self.have), self.have)
-            self._note(memoryview(chunk))
+            chunk = memoryview(os.pread(self._file, min(CHUNK_BYTES, left - self.have), self.have))
+            self._check(chunk)
+            self._note(chunk)
         os.ftruncate(self._file, self.have)
 
     @property
@@ -122,14 +124,21 @@ class Spool:
             raise PayloadError(f"a piece has 4 to {CHUNK_BYTES} bytes, a multiple of 4; got {len(chunk)}")
         if self.have + len(chunk) > self.payload_bytes:
             raise PayloadError(f"more than the announced {self.payload_bytes} bytes arrived")
-        at = self.have
+        self._check(chunk)
+        self._write(chunk)
         self._note(chunk)
-        while at < self.have:
-            at += os.pwrite(self._file, chunk[at - self.have :], at)
 
-    def _note(self, chunk: memoryview) -> None:
+    def _check(self, chunk: memoryview) -> None:
         if self._finite and not _is_finite(np.frombuffer(chunk, dtype="<f4")):
             raise Refused(Reason.NOT_FINITE, "NaN or infinity in the update: lower the learning rate or check the data")
+
+    def _write(self, chunk: memoryview) -> None:
+        done = 0
+        while done < len(chunk):
+            done += os.pwrite(self._file, chunk[done:], self.have + done)
+
+    def _note(self, chunk: memoryview) -> None:
+        """These bytes are checked and in the file."""
         self._hash.update(chunk)
         self.have += len(chunk)
 
@@ -170,6 +179,49 @@ def _is_finite(values: Vector) -> bool:
     return bool(np.isfinite(square)) or bool(np.isfinite(values).all())
 
 
+class Values:
+    """`size` float32 values in a checked file, from the one at `start` on.
+
+    As a context manager it keeps the file open, which many small reads want. Raises `PayloadError` where the file ends
+    too early.
+    """
+
+    def __init__(self, path: Path, start: int, size: int) -> None:
+        self.path = path
+        self.size = size
+        self._start = start
+        self._file = -1
+
+    def __enter__(self) -> Self:
+        self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+        self._file = -1
+
+    def read(self, start: int, out: Vector) -> None:
+        """Fills `out` with the values from the one at `start` on."""
+        if self._file >= 0:
+            self._fill(_ITEM * (self._start + start), out.view(np.uint8).data)
+            return
+        with self:
+            self.read(start, out)
+
+    def all(self) -> Vector:
+        """All values in memory."""
+        out = np.empty(self.size, dtype=np.float32)
+        self.read(0, out)
+        return out
+
+    def _fill(self, at: int, view: memoryview) -> None:
+        while len(view):
+            count = os.preadv(self._file, [view], at)
+            if count == 0:
+                raise PayloadError(f"{self.path.name} ends before its last value")
+            view, at = view[count:], at + count
+
+
 class Spooled(Weights):
     """Weights whose values lie at the beginning of a checked file; `vector` reads them all, `block` a part."""
 
@@ -178,16 +230,16 @@ class Spooled(Weights):
     def __init__(self, manifest: Manifest, path: Path) -> None:
         self.manifest = manifest
         self.path = path
-        self.offset = 0
+        self.values = Values(path, 0, manifest.size)
 
     @cached_property
     def vector(self) -> Vector:  # type: ignore[override]
         """All values, read at first use and kept."""
-        return _read(self.path, 0, self.manifest.size)
+        return self.values.all()
 
     def block(self, start: int, out: Vector) -> Vector:
         """Fills `out` with the values from `start` on, without keeping them."""
-        _fill(self.path, start, out)
+        self.values.read(start, out)
         return out
 
     def is_finite(self) -> bool:
@@ -200,14 +252,17 @@ class SpooledExtras(Mapping[str, Vector]):
 
     def __init__(self, path: Path, start: int, sizes: Mapping[str, int]) -> None:
         self.sizes = dict(sizes)
-        self._path = path
-        self._starts: dict[str, int] = {}
+        self._values: dict[str, Values] = {}
         for name, size in self.sizes.items():
-            self._starts[name] = start
+            self._values[name] = Values(path, start, size)
             start += size
 
+    def values_of(self, name: str) -> Values:
+        """Where the vector lies."""
+        return self._values[name]
+
     def __getitem__(self, name: str) -> Vector:
-        return _read(self._path, self._starts[name], self.sizes[name])
+        return self._values[name].all()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sizes)
@@ -225,22 +280,3 @@ def reopen(path: Path, manifest: Manifest, extras: Mapping[str, int]) -> tuple[W
     if size != _ITEM * (manifest.size + sum(extras.values())):
         return None
     return Spooled(manifest, path), SpooledExtras(path, manifest.size, extras)
-
-
-def _read(path: Path, start: int, size: int) -> Vector:
-    out = np.empty(size, dtype="<f4")
-    _fill(path, start, out)
-    return out.astype(np.float32, copy=False)
-
-
-def _fill(path: Path, start: int, out: Vector) -> None:
-    view, at = out.view(np.uint8).data, _ITEM * start
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        while len(view):
-            count = os.preadv(file, [view], at)
-            if count == 0:
-                raise PayloadError(f"{path.name} ends before its last value")
-            view, at = view[count:], at + count
-    finally:
-        os.close(file)

@@ -31,7 +31,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 MAX_NAME = 512
 MAX_TENSORS = 100_000
 MAX_ELEMENTS = 1 << 36
-BLOCK = 1 << 20  # elements that are folded or measured at a time
+BLOCK = 1 << 18  # elements that are folded or measured at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,20 @@ import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
 
-__all__ = ["CHANNEL_OPTIONS", "PROTOCOL", "SERVER_OPTIONS", "SESSION_KEY", "Calls", "frame", "handlers", "unframe"]
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "PROTOCOL",
+    "RESUMED_BYTES",
+    "SERVER_OPTIONS",
+    "SESSION_KEY",
+    "Calls",
+    "frame",
+    "handlers",
+    "unframe",
+]
 
 PROTOCOL = 1
+RESUMED_BYTES = 1 << 18  # of a piece where a line has broken before: what the next break costs
 SESSION_KEY = "fedkit-session-bin"
 
 SERVER_OPTIONS = [

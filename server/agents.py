@@ -53,6 +53,15 @@ class _Unwelcome(Exception):
         self.goodbye = pb.ToAgent(goodbye=pb.Goodbye(reason=reason, detail=detail))
 
 
+class _Short(Exception):
+    """An upload ended before its end: the agent ended it, or its connection was cut and it may go on later."""
+
+    def __init__(self, errand: Errand, detail: str) -> None:
+        super().__init__(detail)
+        self.errand = errand
+        self.refused = Refused(Reason.PAYLOAD, detail)
+
+
 class AgentService:
     """Implements `service Agents` of agents.proto for a grpc.aio server."""
 
@@ -93,7 +102,8 @@ class AgentService:
             before.end(pb.ToAgent(goodbye=pb.Goodbye(reason=pb.Goodbye.REPLACED, detail=detail)))
         self._register.saw(session.name, tasks=sorted(session.tasks), max_examples=session.max_examples)
         self._attendance.arrive(session)
-        log.info("client here", client=session.name, software=hello.software, tasks=sorted(session.tasks))
+        software = "".join(c for c in hello.software[:100] if c.isprintable())
+        log.info("client here", client=session.name, software=software, tasks=len(session.tasks))
         return session, [*hello.held, *hello.running]
 
     def _welcome(self, session: Session, held: list[str]) -> pb.ToAgent:
@@ -221,6 +231,10 @@ class AgentService:
                 raise AssertionError("abort raises")
             try:
                 await self._receive(session, announced, requests, context)
+            except _Short as short:
+                await context.write(_refusal(announced, short.refused))  # raises where the connection was cut
+                short.errand.settle(short.refused)
+                return
             except Refused as refused:
                 await context.write(_refusal(announced, refused))
                 return
@@ -229,7 +243,7 @@ class AgentService:
     async def _receive(
         self, session: Session, announced: pb.Announcement, requests: AsyncIterator[bytes], context: Any
     ) -> None:
-        """One answer; raises `Refused`, which the errand has then heard of too."""
+        """One answer; raises `_Short`, or `Refused`, which the errand has then heard of too."""
         errand = session.errands.get(announced.assignment_id)
         if errand is None:
             raise Refused(self._unasked(session, announced.assignment_id))
@@ -239,9 +253,7 @@ class AgentService:
             if not announced.at_once:
                 await context.write(pb.UploadReply(have=spool.have))
             if not await self._fill(spool, requests, session):
-                short = Refused(Reason.PAYLOAD, f"{spool.have} of {spool.payload_bytes} bytes arrived")
-                await context.write(_refusal(announced, short))  # raises where the connection was cut
-                raise short
+                raise _Short(errand, f"{spool.have} of {spool.payload_bytes} bytes arrived")
             errand.take(spool)
         except Refused as refused:
             if spool is None or errand.expects(spool):

@@ -57,7 +57,10 @@ class Session:
             self.errands.pop(errand.assignment.id, None)
         if not errand.answer.done():
             raise Away
-        return errand.answer.result()
+        outcome = errand.answer.result()
+        if isinstance(outcome, Refused):
+            raise Refused(outcome.reason, outcome.detail)  # a new one, or the traceback would keep the errand alive
+        return outcome
 
     def send(self, message: pb.ToAgent) -> None:
         """Queues a message; an assignment takes waiting news along."""

@@ -12,13 +12,16 @@ from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
-from fedkit.protos.wire import frame
+from fedkit.protos.wire import RESUMED_BYTES, frame
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.spool import Spares, Spool, payload_digest, reopen
 from fedkit.weights import Vector
 from fedkit.work import Answer, Update
 
 __all__ = ["Errand", "Published", "require_examples"]
+
+
+_FRAMES = 16  # that are kept for clients who are about as far as the others
 
 
 class Published:
@@ -31,19 +34,22 @@ class Published:
         header = convert.header_to_proto(parcel, self.digest)
         self.header: bytes = tensors_pb2.Piece(header=header).SerializeToString()
         self._chunks = list(_chunks(_vectors(parcel)))
-        self._frames: list[bytes | None] = [None] * len(self._chunks)
+        self._frames: dict[int, bytes] = {}
 
     def pieces(self, offset: int) -> Iterator[bytes]:
-        """Serialised pieces with the payload from byte `offset` on."""
+        """Serialised pieces with the payload from byte `offset` on; small ones where a break is made good."""
         for i, (start, chunk) in enumerate(self._chunks):
-            if start >= offset:
+            if offset == 0:
                 yield self._frame(i, chunk)
             elif start + len(chunk) > offset:
-                yield frame(chunk[offset - start :])
+                left = chunk[max(offset - start, 0) :]
+                yield from (frame(left[at : at + RESUMED_BYTES]) for at in range(0, len(left), RESUMED_BYTES))
 
     def _frame(self, i: int, chunk: memoryview) -> bytes:
-        found = self._frames[i]
+        found = self._frames.get(i)
         if found is None:
+            if len(self._frames) == _FRAMES:
+                del self._frames[next(iter(self._frames))]
             found = self._frames[i] = frame(chunk)
         return found
 
@@ -83,7 +89,7 @@ class Errand:
         self.assignment = assignment
         self.message = message
         self.published = published
-        self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.answer: asyncio.Future[Answer | Refused] = asyncio.get_running_loop().create_future()
         self.done = 0
         self.total = 0
         self._path = folder / assignment.id
@@ -133,13 +139,9 @@ class Errand:
 
     def settle(self, outcome: Answer | Refused) -> None:
         """Ends the errand with an answer or a refusal; only the first one counts."""
-        if self.answer.done():
-            return
-        if isinstance(outcome, Refused):
-            self.answer.set_exception(outcome)
-            self.answer.exception()  # whoever waits sees it; nobody has to
-        else:
-            self.answer.set_result(outcome)
+        if not self.answer.done():  # a refusal is made anew, because its traceback would lead back here
+            fresh = Refused(outcome.reason, outcome.detail) if isinstance(outcome, Refused) else outcome
+            self.answer.set_result(fresh)
 
     def cut_off(self) -> None:
         """Ends the upload that is under way, if any; what has arrived of it stays."""

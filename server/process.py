@@ -114,7 +114,11 @@ class Coordinator:
     def _serve_metrics(self) -> None:
         if self._settings.metrics is not None:
             host, port = require_loopback(self._settings.metrics)
-            start_http_server(port, addr=host, registry=self.metrics.registry)
+            try:
+                start_http_server(port, addr=host, registry=self.metrics.registry)
+            except OSError:
+                text = f"{self._settings.metrics} is in use by another process, or not to be had here (for metrics)"
+                raise ConfigError(text) from None
 
     async def stop(self) -> None:
         """Says goodbye to agents, ends calls, closes files."""

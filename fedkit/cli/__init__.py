@@ -1,4 +1,8 @@
-"""The command line: `fedkit simulate | demo | export`. The only place that prints."""
+"""The command line. The only place that prints."""
+
+import os
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what goes wrong on the wire is told once, in our words
 
 from fedkit.cli.main import app
 

@@ -143,14 +143,13 @@ class _Run(JournaledFederation):
 
     async def attempt(self) -> bool:
         """Runs the strategy from the last commit; False where a round was abandoned and is to be tried again."""
-        last = self._last()
-        if self._is_over(last):
+        if self._is_over(self._last()):
             return True
-        self._strategy.load_state_dict(last.state)
-        await self._assemble(last.round + 1)
-        self.resume(last.started)
+        self._strategy.load_state_dict(self._last().state)
+        await self._assemble(self._last().round + 1)
+        self.resume(self._last().started)
         try:
-            await self._strategy.run(self, last.model)
+            await self._strategy.run(self, self._last().model)  # no name here may keep the first of these models
         except _Finished:
             return True
         except RoundAbandoned as error:

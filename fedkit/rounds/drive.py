@@ -104,7 +104,7 @@ class _Desk:
         try:
             self._inbox.put_nowait((client, await self._perform(client)))
         except Refused as refused:
-            self._inbox.put_nowait((client, refused))
+            self._inbox.put_nowait((client, refused.with_traceback(None)))
 
     async def _ring(self) -> None:
         await self._transport.sleep_until(self._deadline)

@@ -83,7 +83,7 @@ class JournaledFederation:
         self.round = 0
         self._attempt = 1
         self._now: Progress | None = None
-        self._flights = Flights(self._perform)
+        self._flights = Flights()
 
     def enter(self, round: int, attempt: int = 1) -> None:
         """`round` is next; nothing is journaled until it asks for something."""
@@ -191,7 +191,7 @@ class JournaledFederation:
         key = question.ids[client]
         if not self.now.replay.start(key, question.label):
             self.journal.note(Entry("start", key, question.label))
-        self._flights.launch(Started(question.assignment(client), model))
+        self._flights.launch(Started(question.assignment(client), model), self._perform)
 
     async def next(self) -> Arrival:
         """The next update of work that was started; failures are on record and passed over."""
@@ -239,7 +239,7 @@ class JournaledFederation:
         """Takes up asynchronous work that was under way at the last commit, and drops all other."""
         self._flights.ground()
         for flight in started:
-            self._flights.launch(flight)
+            self._flights.launch(flight, self._perform)
 
     def abandon(self) -> None:
         """Ends the attempt: nothing of it counts, and the next one draws anew."""

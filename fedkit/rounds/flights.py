@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from fedkit.errors import Refused, RoundAbandoned
 from fedkit.rounds.assignment import Assignment, Parcel
@@ -13,6 +14,9 @@ from fedkit.rounds.journal import Started
 from fedkit.work import Answer, Update
 
 __all__ = ["Flights", "Landed"]
+
+
+Perform: TypeAlias = Callable[[Assignment, Parcel], Awaitable[Answer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,7 @@ class Landed:
 class Flights:
     """The assignments that nobody waits for yet, each running as a task."""
 
-    def __init__(self, perform: Callable[[Assignment, Parcel], Awaitable[Answer]]) -> None:
-        self._perform = perform
+    def __init__(self) -> None:
         self._flying: dict[str, tuple[Started, asyncio.Task[Landed]]] = {}
         self._landed: asyncio.Queue[str] = asyncio.Queue()
 
@@ -48,10 +51,10 @@ class Flights:
         """The work under way, in the order it was started."""
         return tuple(started for started, _ in self._flying.values())
 
-    def launch(self, started: Started) -> None:
-        """Begins one assignment."""
+    def launch(self, started: Started, perform: Perform) -> None:
+        """Begins one assignment; `perform` brings its checked answer."""
         key = started.assignment.id
-        task = asyncio.create_task(self._fly(started))
+        task = asyncio.create_task(_fly(started, perform))
         task.add_done_callback(lambda _: self._landed.put_nowait(key))
         self._flying[key] = started, task
 
@@ -73,11 +76,12 @@ class Flights:
         self._flying.clear()
         self._landed = asyncio.Queue()
 
-    async def _fly(self, started: Started) -> Landed:
-        client = started.assignment.client
-        try:
-            answer = await self._perform(started.assignment, Parcel(started.model))
-        except Refused as refused:
-            return Landed(started, Refusal(client, refused.reason, refused.detail))
-        assert isinstance(answer, Update)  # inspected against the assignment
-        return Landed(started, answer)
+
+async def _fly(started: Started, perform: Perform) -> Landed:
+    client = started.assignment.client
+    try:
+        answer = await perform(started.assignment, Parcel(started.model))
+    except Refused as refused:
+        return Landed(started, Refusal(client, refused.reason, refused.detail))
+    assert isinstance(answer, Update)  # inspected against the assignment
+    return Landed(started, answer)
