@@ -53,7 +53,8 @@ class Inbox:
     def have(self, message: pb.Assignment) -> int:
         """How many bytes of the payload an earlier, broken-off download left."""
         part = self._folder / f"{message.model_digest.hex()}.part"
-        return part.stat().st_size // 4 * 4 if part.exists() else 0
+        size = part.stat().st_size // 4 * 4 if part.exists() else 0
+        return min(size, message.model_bytes)
 
     def begin(self, message: pb.Assignment) -> Spool:
         """Where the payload goes, once its manifest is known; raises `PayloadError` where the lengths differ."""
@@ -62,6 +63,7 @@ class Inbox:
         if message.model_bytes != due or len(message.model_digest) != 32:
             raise PayloadError(f"{message.model_bytes} bytes are announced, the model needs {due}")
         path = self._folder / message.model_digest.hex()
+        self._forget_old(path)
         return Spool(path, manifest.digest, due, message.model_digest, spares=self._spares)
 
     def finish(self, message: pb.Assignment, spool: Spool) -> tuple[Path, Manifest]:
@@ -71,6 +73,13 @@ class Inbox:
         while len(self._used) > self._keep:
             self._spares.give(self._folder / self._used.pop(0))
         return path, self._manifests[message.manifest_digest]
+
+    def _forget_old(self, path: Path) -> None:
+        """Of the downloads that broke off, the last `keep` may go on."""
+        parts = sorted(self._folder.glob("*.part"), key=lambda part: part.stat().st_mtime_ns)
+        for part in parts[: -self._keep]:
+            if part.stem != path.name:
+                part.unlink(missing_ok=True)
 
     def _touch(self, name: str) -> None:
         self._used = [*(used for used in self._used if used != name), name]

@@ -8,7 +8,7 @@ wait there, and are added block by block at the end, straight into the mean.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
@@ -137,19 +137,30 @@ class _Sum:
         """Sum / weight, rounded once to float32; of nothing, zeros."""
         out = np.empty(self._size, dtype=np.float32)
         total, read = np.empty(min(_PIECE, self._size)), np.empty(min(_PIECE, self._size), dtype=np.float32)
-        with contextlib.ExitStack() as files:
-            for values, _ in self._waiting[:_MOST_OPEN]:
-                if isinstance(values, Values):
-                    files.enter_context(values)
+        with self._opened() as waiting:
             for start in range(0, self._size, _PIECE):
                 part = slice(0, min(_PIECE, self._size - start))
-                self._sum_piece(start, total[part], read[part])
+                self._sum_piece(waiting, start, total[part], read[part])
                 np.divide(total[part], weight or 1, out=out[start : start + _PIECE], casting="same_kind")
         return out
 
-    def _sum_piece(self, start: int, total: npt.NDArray[np.float64], read: Vector) -> None:
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[list[tuple[Vector | Values, int]]]:
+        """What waits, with as many files kept open as a process may well have."""
+        with contextlib.ExitStack() as files:
+            most = self._waiting[:_MOST_OPEN]
+            opened = [(files.enter_context(v.opened()) if isinstance(v, Values) else v, n) for v, n in most]
+            yield opened + self._waiting[_MOST_OPEN:]
+
+    def _sum_piece(
+        self,
+        waiting: list[tuple[Vector | Values, int]],
+        start: int,
+        total: npt.NDArray[np.float64],
+        read: Vector,
+    ) -> None:
         total[:] = 0.0 if self._total is None else self._total[start : start + len(total)]
-        for values, weight in self._waiting:
+        for values, weight in waiting:
             if isinstance(values, Values):
                 values.read(start, read)
                 self._add_to(total, read, weight)

@@ -6,11 +6,11 @@ announced one. `Spooled` weights read their values from such a file when they ar
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from blake3 import blake3
@@ -182,44 +182,42 @@ def _is_finite(values: Vector) -> bool:
 class Values:
     """`size` float32 values in a checked file, from the one at `start` on.
 
-    As a context manager it keeps the file open, which many small reads want. Raises `PayloadError` where the file ends
-    too early.
+    Raises `PayloadError` where the file ends too early.
     """
 
-    def __init__(self, path: Path, start: int, size: int) -> None:
+    def __init__(self, path: Path, start: int, size: int, file: int | None = None) -> None:
         self.path = path
         self.size = size
         self._start = start
-        self._file = -1
+        self._file = file
 
-    def __enter__(self) -> Self:
-        self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._file)
-        self._file = -1
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Values]:
+        """The same values with their file kept open, which many small reads want."""
+        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield Values(self.path, self._start, self.size, file)
+        finally:
+            os.close(file)
 
     def read(self, start: int, out: Vector) -> None:
         """Fills `out` with the values from the one at `start` on."""
-        if self._file >= 0:
-            self._fill(_ITEM * (self._start + start), out.view(np.uint8).data)
+        if self._file is None:
+            with self.opened() as values:
+                values.read(start, out)
             return
-        with self:
-            self.read(start, out)
+        view, at = out.view(np.uint8).data, _ITEM * (self._start + start)
+        while len(view):
+            count = os.preadv(self._file, [view], at)
+            if count == 0:
+                raise PayloadError(f"{self.path.name} ends before its last value")
+            view, at = view[count:], at + count
 
     def all(self) -> Vector:
         """All values in memory."""
         out = np.empty(self.size, dtype=np.float32)
         self.read(0, out)
         return out
-
-    def _fill(self, at: int, view: memoryview) -> None:
-        while len(view):
-            count = os.preadv(self._file, [view], at)
-            if count == 0:
-                raise PayloadError(f"{self.path.name} ends before its last value")
-            view, at = view[count:], at + count
 
 
 class Spooled(Weights):

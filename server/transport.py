@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import shutil
+import sys
 import time
 import weakref
 from collections import defaultdict
@@ -29,6 +31,7 @@ __all__ = ["Fates", "RunTransport", "Terms"]
 T = TypeVar("T")
 
 _SMALL_BYTES = 4 << 20
+_LARGE_BYTES = 32 << 20  # models from which on it pays to give freed memory back before a fold takes more
 _SPARES = 64
 
 log = structlog.get_logger("fedkit.server")
@@ -84,6 +87,8 @@ class RunTransport:
     async def aside(self, phase: Literal["fold", "commit"], work: Callable[[], T]) -> T:
         """What `work()` returns: small models at once, large ones from a thread, so that streams go on meanwhile."""
         with self._metrics.seconds.labels(phase=phase).time():
+            if phase == "fold" and self._model_bytes >= _LARGE_BYTES:
+                await asyncio.to_thread(_give_back)
             return work() if self._model_bytes <= _SMALL_BYTES else await asyncio.to_thread(work)
 
     async def assemble(self, least: int) -> None:
@@ -177,3 +182,11 @@ class RunTransport:
         self.spares.give(self._folder / key)
         Spool.forget(self._folder / key)
         return self._asked.pop(key, "")
+
+
+def _give_back() -> None:
+    """Gives the system what glibc keeps of the pieces that have gone by; they are scattered over its heap."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

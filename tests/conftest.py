@@ -6,6 +6,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # several test processes share the cores; torch reads this when it is loaded
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -17,3 +18,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("fedkit")
+
+
+@pytest.fixture(autouse=True)
+def only_lasting_processes_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coverage follows the federations that fixtures start for many tests, not what a single test starts and kills."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)

@@ -80,6 +80,7 @@ class _Desk:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+        self._tasks.clear()  # a cancelled one holds its frames, which hold this desk
 
     def obey(self, commands: list[Command]) -> None:
         for command in commands:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import fedkit
+from fedkit.client.outbox import Outbox
 from fedkit.errors import ConfigError, Reason, RunCancelled, RunFailed
 from fedkit.loopback import Loopback
 from fedkit.server.process import Coordinator, CoordinatorSettings
@@ -264,18 +265,17 @@ def test_a_port_that_is_in_use_is_named(federation: Loopback, tmp_path: Path) ->
 
 
 def test_a_second_coordinator_in_one_folder_is_refused(federation: Loopback) -> None:
-    found = said("server", "--listen", "127.0.0.1:0", "--state", federation.folder / "server")
-    number = federation.processes["server"].pid
-    text = f"is in use by another coordinator (process {number}): end it, or choose another folder"
-    assert found == f"fedkit: {federation.folder / 'server'} {text}"
+    folder, owner = federation.folder / "server", federation.processes["server"].pid
+    with pytest.raises(ConfigError, match=rf"{folder} is in use by another coordinator \(process {owner}\): end it"):
+        asyncio.run(begin(CoordinatorSettings(listen="127.0.0.1:0", state=folder)))
+    assert set(states(federation).values()) == {"ready"}
 
 
-def test_a_second_agent_in_one_folder_is_refused_and_the_first_one_stays(federation: Loopback) -> None:
-    where = ["--coordinator", federation.address, "--state", federation.folder / "clients"]
-    found = said("client", "--name", "ada", "--task", "heart", *where)
+def test_a_second_agent_in_one_folder_is_refused(federation: Loopback) -> None:
     folder = federation.folder / "clients" / "ada" / "outbox"
-    assert found == f"fedkit: {folder} is in use by another agent process: end it, or choose another"
-    assert states(federation)["ada"] == "ready"
+    with pytest.raises(ConfigError, match=f"{folder} is in use by another agent process: end it, or choose another"):
+        Outbox(folder)
+    assert set(states(federation).values()) == {"ready"}
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:8443", "[::]:8443", "192.168.1.1:8443", "example.org:8443"])

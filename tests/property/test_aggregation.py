@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import resource
+import tracemalloc
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 
 from fedkit.aggregation import Fold, KeepFold, Mean, MeanFold, SumFold
 from fedkit.errors import Reason
+from fedkit.spool import reopen
 from fedkit.weights import Entry, Manifest, Weights
 from fedkit.work import MetricSums, Summary, Update
 
@@ -134,6 +139,103 @@ def test_the_gradient_is_the_update_under_another_name():
     one = Update(Weights(MANIFEST, np.ones(SIZE)), 3)
     mean = mean_of({"a": one}, ["a"])
     assert mean.gradient is mean.update
+
+
+# -- updates in files --------------------------------------------------------------------------------------------------
+
+
+def in_file(folder: Path, name: str, update: Update) -> Update:
+    """The same update as its upload leaves it: weights and extras one behind the other in a file."""
+    path = folder / f"{name}.update"
+    path.write_bytes(b"".join(v.tobytes() for v in (update.weights.vector, *update.extra.values())))
+    found = reopen(path, update.weights.manifest, update.sizes)
+    assert found is not None
+    return Update(found[0], update.examples, update.loss, found[1])
+
+
+def large(size: int, clients: int, extra: int = 0) -> tuple[Manifest, dict[str, Update]]:
+    manifest, source = Manifest((Entry("w", (size,)),)), np.random.default_rng(size)
+
+    def one() -> Update:
+        vectors = {"control": source.standard_normal(extra).astype(np.float32)} if extra else {}
+        weights = Weights(manifest, source.standard_normal(size).astype(np.float32))
+        return Update(weights, int(source.integers(1, 1 << 40)), None, vectors)
+
+    return manifest, {f"c{i:03}": one() for i in range(clients)}
+
+
+def folded(manifest: Manifest, answers: dict[str, Update], weighting: str = "examples") -> Mean:
+    fold = MeanFold(list(answers), manifest, weighting)
+    for client, answer in answers.items():
+        fold.add(client, answer)
+    return fold.result()
+
+
+@given(cohorts(), WEIGHTINGS, st.data())
+def test_a_mean_has_the_same_bits_whichever_updates_lie_in_files(tmp_path_factory, answers, weighting, data):
+    folder = tmp_path_factory.mktemp("files")
+    some = data.draw(st.sets(st.sampled_from(sorted(answers))))
+    stored: Answers = {
+        name: in_file(folder, str(i), answer) if answer is not None and name in some else answer
+        for i, (name, answer) in enumerate(answers.items())
+    }
+    order = data.draw(st.permutations(list(answers)))
+    assert bits(mean_of(stored, order, weighting)) == bits(mean_of(answers, list(answers), weighting))
+
+
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+@pytest.mark.parametrize("size", [1, (1 << 16) - 1, 1 << 16, (1 << 16) + 1, (1 << 18) - 1, (1 << 18) + 1, 600_011])
+def test_a_mean_of_any_size_is_numpys_bit_by_bit_in_files_and_in_memory(tmp_path, size, weighting):
+    manifest, answers = large(size, 4, extra=size)
+    vectors, control, divisor = np.zeros(size), np.zeros(size), 0
+    for answer in answers.values():
+        weight = answer.examples if weighting == "examples" else 1
+        vectors = vectors + answer.weights.vector.astype(np.float64) * weight
+        control = control + answer.extra["control"].astype(np.float64) * weight
+        divisor += weight
+    in_files = {name: in_file(tmp_path, name, answer) for name, answer in answers.items()}
+    mixed = {**in_files, "c000": answers["c000"], "c003": answers["c003"]}
+    for some in (answers, in_files, mixed):
+        mean = folded(manifest, some, weighting)
+        assert mean.update.vector.tobytes() == (vectors / divisor).astype(np.float32).tobytes()
+        assert mean.extra["control"].tobytes() == (control / divisor).astype(np.float32).tobytes()
+
+
+def test_a_fold_of_more_files_than_a_process_may_open_opens_fewer_and_leaves_none_open(tmp_path):
+    manifest, answers = large(3, 400)
+    in_files = {name: in_file(tmp_path, name, answer) for name, answer in answers.items()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    there = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (there + 270, hard))
+    try:
+        mean = folded(manifest, in_files)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert bits(mean) == bits(folded(manifest, answers))
+    assert len(os.listdir("/proc/self/fd")) == there
+
+
+@pytest.mark.parametrize("clients", [2, 20])
+def test_a_fold_of_files_takes_the_memory_of_its_result_and_a_little_whoever_sends_how_much(tmp_path, clients):
+    size = 1 << 20
+    manifest, answers = large(size, 1, extra=size)
+    one = in_file(tmp_path, "one", answers.popitem()[1])
+    gc.collect()
+    tracemalloc.start()
+    mean = folded(manifest, {f"c{i}": one for i in range(clients)})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert mean.update.vector.nbytes + mean.extra["control"].nbytes <= peak < 8 * size + (6 << 20)
+
+
+def test_a_file_that_is_gone_ends_the_fold_and_leaves_no_other_open(tmp_path):
+    manifest, answers = large(10, 3)
+    in_files = {name: in_file(tmp_path, name, answer) for name, answer in answers.items()}
+    (tmp_path / "c001.update").unlink()
+    there = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileNotFoundError):
+        folded(manifest, in_files)
+    assert len(os.listdir("/proc/self/fd")) == there
 
 
 # -- odd answers -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,349 @@
+"""A payload becomes a file only as it was announced, wherever it was cut; what comes from the file is what went in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fedkit.codec import CHUNK_BYTES
+from fedkit.errors import PayloadError, Reason, Refused
+from fedkit.spool import Spares, Spool, Spooled, SpooledExtras, Values, payload_digest, reopen
+from fedkit.weights import Entry, Manifest, Vector, Weights
+
+MANIFEST = Manifest((Entry("w", (7, 5)), Entry("b", (5,))))
+EXTRAS = {"control": 3, "tau": 1}
+SIZE = MANIFEST.size + sum(EXTRAS.values())
+VECTORS = hnp.arrays(np.dtype("<f4"), SIZE, elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
+PIECES = st.lists(st.integers(1, SIZE), max_size=6)  # elements of one piece after the other
+LENGTHS = st.integers(0, 3 * SIZE)  # bytes of a file that is written over
+
+
+def digest(payload: bytes) -> bytes:
+    return payload_digest(MANIFEST.digest).update(payload).digest()
+
+
+def spool(folder: Path, payload: bytes, spares: Spares | None = None, *, finite: bool = True) -> Spool:
+    """Where `payload` may go."""
+    return Spool(folder / "it", MANIFEST.digest, len(payload), digest(payload), finite=finite, spares=spares)
+
+
+def feed(into: Spool, payload: bytes, sizes: list[int]) -> None:
+    """The next pieces of the payload, as many elements each as `sizes` says."""
+    for size in sizes:
+        piece = payload[into.have : into.have + 4 * size]
+        if piece:
+            into.feed(memoryview(piece))
+
+
+def rest(into: Spool, payload: bytes) -> Path:
+    feed(into, payload, [SIZE])
+    return into.finish()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def with_spares(folder: Path, *lengths: int) -> Spares:
+    """Spares of these lengths, full of bytes that no payload has."""
+    spares = Spares(folder, len(lengths))
+    for i, length in enumerate(lengths):
+        (folder / f"old{i}").write_bytes(b"\xff" * length)
+        spares.give(folder / f"old{i}")
+    return spares
+
+
+# -- taken up again ----------------------------------------------------------------------------------------------------
+
+
+@given(VECTORS, st.lists(PIECES, max_size=4))
+def test_a_payload_cut_anywhere_and_taken_up_by_another_spool_gives_the_same_file(tmp_path_factory, vector, parts):
+    folder, payload = tmp_path_factory.mktemp("cut"), vector.tobytes()
+    for sizes in parts:
+        part = spool(folder, payload)
+        feed(part, payload, sizes)
+        part.close()
+    assert rest(spool(folder, payload), payload).read_bytes() == payload
+    assert names(folder) == ["it"]
+
+
+@given(VECTORS, st.lists(PIECES, min_size=1, max_size=4), st.lists(LENGTHS, min_size=1, max_size=3))
+def test_a_payload_that_is_written_over_an_old_file_and_cut_anywhere_is_the_same_file(
+    tmp_path_factory, vector, parts, lengths
+):
+    folder, payload = tmp_path_factory.mktemp("over"), vector.tobytes()
+    spares = with_spares(folder, *lengths)
+    for sizes in parts:
+        part = spool(folder, payload, spares)
+        feed(part, payload, sizes)
+        part.close()
+    assert rest(spool(folder, payload, spares), payload).read_bytes() == payload
+    assert [name for name in names(folder) if not name.endswith(".spare")] == ["it"]
+
+
+@given(VECTORS, PIECES, st.lists(LENGTHS, max_size=2))
+def test_a_spool_that_dies_without_a_word_costs_at_most_what_it_had_and_never_leaves_old_bytes(
+    tmp_path_factory, vector, sizes, lengths
+):
+    folder, payload = tmp_path_factory.mktemp("killed"), vector.tobytes()
+    dying = spool(folder, payload, with_spares(folder, *lengths))
+    feed(dying, payload, sizes)
+    os.close(dying._file)  # what a kill does: nothing else is closed, renamed or cut
+    next_one = spool(folder, payload, Spares(folder, 1))
+    assert next_one.have in (0, dying.have)
+    assert rest(next_one, payload).read_bytes() == payload
+    assert names(folder) == ["it"]
+
+
+@given(VECTORS, st.integers(0, 4 * SIZE - 1))
+def test_what_is_left_of_a_value_that_was_cut_in_two_is_asked_for_again(tmp_path_factory, vector, length):
+    folder, payload = tmp_path_factory.mktemp("torn"), vector.tobytes()
+    (folder / "it.part").write_bytes(payload[:length])
+    resumed = spool(folder, payload)
+    assert resumed.have == length // 4 * 4
+    assert rest(resumed, payload).read_bytes() == payload
+
+
+@given(VECTORS, st.integers(1, 4 * SIZE))
+def test_what_is_left_of_a_longer_payload_is_cut_to_the_announced_length(tmp_path_factory, vector, more):
+    folder, payload = tmp_path_factory.mktemp("longer"), vector.tobytes()
+    (folder / "it.part").write_bytes(payload + b"\x00" * more)
+    assert spool(folder, payload).finish().read_bytes() == payload
+
+
+def test_bytes_that_could_not_be_written_do_not_count(tmp_path: Path) -> None:
+    payload = np.arange(SIZE, dtype="<f4").tobytes()
+    part = spool(tmp_path, payload, with_spares(tmp_path, 4 * SIZE))
+    feed(part, payload, [4])
+    writable, part._file = part._file, os.open("/dev/null", os.O_RDONLY)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        feed(part, payload, [4])
+    os.close(part._file)
+    part._file = writable
+    assert part.have == 16
+    part.close()
+    assert rest(spool(tmp_path, payload), payload).read_bytes() == payload
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+@given(VECTORS, st.integers(0, 4 * SIZE - 1), st.integers(0, 7), st.booleans())
+def test_one_changed_bit_is_refused_and_nothing_is_left_of_the_payload(tmp_path_factory, vector, at, bit, is_over):
+    folder, payload = tmp_path_factory.mktemp("changed"), vector.tobytes()
+    changed = bytearray(payload)
+    changed[at] ^= 1 << bit
+    into = spool(folder, payload, with_spares(folder, len(payload)) if is_over else None, finite=False)
+    feed(into, bytes(changed), [SIZE])
+    with pytest.raises(PayloadError, match="digest"):
+        into.finish()
+    assert names(folder) == []
+
+
+@given(VECTORS, PIECES)
+def test_an_incomplete_payload_is_no_file(tmp_path_factory, vector, sizes):
+    folder, payload = tmp_path_factory.mktemp("short"), vector.tobytes()
+    into = spool(folder, payload)
+    feed(into, payload[:-4], sizes)
+    with pytest.raises(PayloadError, match=f"{into.have} of {len(payload)} bytes"):
+        into.finish()
+    assert not (folder / "it").exists()
+    into.close()
+
+
+@given(VECTORS, st.integers(0, SIZE - 1), st.sampled_from([np.nan, np.inf, -np.inf]))
+def test_a_value_that_is_not_finite_is_refused_wherever_it_is(tmp_path_factory, vector, at, value):
+    folder = tmp_path_factory.mktemp("odd")
+    poisoned = vector.copy()
+    poisoned[at] = value
+    into = spool(folder, poisoned.tobytes())
+    with pytest.raises(Refused) as refused:
+        feed(into, poisoned.tobytes(), [SIZE])
+    assert refused.value.reason is Reason.NOT_FINITE
+    assert into.have == 0
+    into.discard()
+    assert names(folder) == []
+
+
+def test_values_whose_squares_overflow_are_finite(tmp_path: Path) -> None:
+    payload = np.full(SIZE, 3e38, dtype="<f4").tobytes()
+    assert rest(spool(tmp_path, payload), payload).read_bytes() == payload
+
+
+def test_a_payload_that_is_only_sent_on_may_hold_anything(tmp_path: Path) -> None:
+    payload = np.full(SIZE, np.nan, dtype="<f4").tobytes()
+    assert rest(spool(tmp_path, payload, finite=False), payload).read_bytes() == payload
+
+
+def test_what_is_left_of_an_earlier_upload_is_checked_again(tmp_path: Path) -> None:
+    payload = np.full(SIZE, np.inf, dtype="<f4").tobytes()
+    (tmp_path / "it.part").write_bytes(payload[:40])
+    with pytest.raises(Refused) as refused:
+        spool(tmp_path, payload)
+    assert refused.value.reason is Reason.NOT_FINITE
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 5, CHUNK_BYTES + 4])
+def test_a_piece_that_is_no_piece_is_refused_and_not_counted(tmp_path: Path, length: int) -> None:
+    payload = bytes(2 * CHUNK_BYTES)
+    into = spool(tmp_path, payload)
+    with pytest.raises(PayloadError, match=f"got {length}"):
+        into.feed(memoryview(payload[:length]))
+    assert into.have == 0
+    into.discard()
+
+
+def test_more_than_was_announced_is_refused_and_not_counted(tmp_path: Path) -> None:
+    payload = bytes(4 * SIZE)
+    into = spool(tmp_path, payload)
+    feed(into, payload, [SIZE - 1])
+    with pytest.raises(PayloadError, match=f"more than the announced {4 * SIZE}"):
+        into.feed(memoryview(bytes(8)))
+    assert into.have == 4 * SIZE - 4
+    assert rest(into, payload).read_bytes() == payload
+
+
+@pytest.mark.parametrize("end", ["close", "discard"])
+def test_a_spool_that_was_ended_takes_nothing_more(tmp_path: Path, end: str) -> None:
+    payload = bytes(4 * SIZE)
+    into = spool(tmp_path, payload)
+    getattr(into, end)()
+    with pytest.raises(PayloadError, match="another connection"):
+        into.feed(memoryview(payload))
+
+
+def test_a_piece_that_lies_askew_in_memory_counts_as_well(tmp_path: Path) -> None:
+    payload = np.arange(SIZE, dtype="<f4").tobytes()
+    into = spool(tmp_path, payload)
+    into.feed(memoryview(b"\x00" + payload)[1:])
+    assert into.finish().read_bytes() == payload
+
+
+# -- spares ------------------------------------------------------------------------------------------------------------
+
+
+def test_spares_are_a_limited_number_of_files(tmp_path: Path) -> None:
+    spares = Spares(tmp_path, 2)
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+        spares.give(tmp_path / name)
+    assert names(tmp_path) == ["0.spare", "1.spare"]
+    assert [spares.take(tmp_path / name) for name in "xyz"] == [True, True, False]
+    assert names(tmp_path) == ["x", "y"]
+
+
+def test_a_file_that_is_not_there_is_no_spare(tmp_path: Path) -> None:
+    spares = Spares(tmp_path, 2)
+    spares.give(tmp_path / "nobody")
+    assert not spares.take(tmp_path / "it")
+
+
+def test_a_new_process_removes_spares_and_what_was_half_written_over_and_keeps_all_else(tmp_path: Path) -> None:
+    for name in ("0.spare", "it.over", "it.part", "other"):
+        (tmp_path / name).write_bytes(b"1234")
+    spares = Spares(tmp_path, 2)
+    assert names(tmp_path) == ["it.part", "other"]
+    assert not spares.take(tmp_path / "more")
+
+
+def test_what_was_left_of_a_payload_goes_before_a_spare_file(tmp_path: Path) -> None:
+    payload = np.arange(SIZE, dtype="<f4").tobytes()
+    (tmp_path / "it.part").write_bytes(payload[:40])
+    resumed = spool(tmp_path, payload, with_spares(tmp_path, 4 * SIZE))
+    assert resumed.have == 40
+    assert rest(resumed, payload).read_bytes() == payload
+
+
+# -- read again --------------------------------------------------------------------------------------------------------
+
+
+@given(VECTORS)
+def test_spooled_weights_and_extras_are_those_that_were_sent(tmp_path_factory, vector):
+    folder, payload = tmp_path_factory.mktemp("read"), vector.tobytes()
+    found = reopen(rest(spool(folder, payload), payload), MANIFEST, EXTRAS)
+    assert found is not None
+    weights, extras = found
+    assert weights == Weights(MANIFEST, vector[: MANIFEST.size])
+    assert weights.digest == Weights(MANIFEST, vector[: MANIFEST.size]).digest
+    assert {name: values.tobytes() for name, values in extras.items()} == {
+        "control": vector[40:43].tobytes(),
+        "tau": vector[43:].tobytes(),
+    }
+
+
+@given(VECTORS, st.data())
+def test_a_block_of_spooled_weights_is_that_part_of_their_vector(tmp_path_factory, vector, data):
+    path = tmp_path_factory.mktemp("block") / "it"
+    vector.tofile(path)
+    start = data.draw(st.integers(0, MANIFEST.size - 1))
+    out = np.empty(data.draw(st.integers(1, MANIFEST.size - start)), dtype=np.float32)
+    weights = Spooled(MANIFEST, path)
+    assert weights.block(start, out) is out
+    assert out.tobytes() == vector[start : start + len(out)].tobytes()
+    assert "vector" not in vars(weights)
+
+
+@given(VECTORS)
+def test_spooled_weights_have_the_norm_of_those_in_memory(tmp_path_factory, vector):
+    path = tmp_path_factory.mktemp("norm") / "it"
+    vector.tofile(path)
+    assert Spooled(MANIFEST, path).norm() == Weights(MANIFEST, vector[: MANIFEST.size]).norm()
+
+
+def test_an_open_file_is_read_even_where_its_name_is_gone_and_closed_at_the_end(tmp_path: Path) -> None:
+    vector = np.arange(SIZE, dtype="<f4")
+    vector.tofile(tmp_path / "it")
+    before = len(os.listdir("/proc/self/fd"))
+    values = Values(tmp_path / "it", 2, 4)
+    with values.opened() as one, values.opened() as other:
+        (tmp_path / "it").unlink()
+        assert one.all().tolist() == other.all().tolist() == [2, 3, 4, 5]
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(FileNotFoundError):
+        values.all()
+
+
+def test_a_file_that_ends_too_early_is_an_error_and_not_zeros(tmp_path: Path) -> None:
+    (tmp_path / "it").write_bytes(bytes(4 * MANIFEST.size - 4))
+    with pytest.raises(PayloadError, match="ends before its last value"):
+        Spooled(MANIFEST, tmp_path / "it").vector.sum()
+
+
+@pytest.mark.parametrize("length", [None, 0, 4 * SIZE - 4, 4 * SIZE + 4])
+def test_a_file_that_is_gone_or_of_another_length_is_not_opened_again(tmp_path: Path, length: int | None) -> None:
+    if length is not None:
+        (tmp_path / "it").write_bytes(bytes(length))
+    assert reopen(tmp_path / "it", MANIFEST, EXTRAS) is None
+
+
+def test_the_lengths_of_spooled_extras_are_known_without_their_file(tmp_path: Path) -> None:
+    extras = SpooledExtras(tmp_path / "nobody", MANIFEST.size, EXTRAS)
+    assert (list(extras), len(extras), extras.sizes) == (["control", "tau"], 2, EXTRAS)
+    with pytest.raises(FileNotFoundError):
+        extras["tau"]
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(1, CHUNK_BYTES // 4))
+def test_payloads_of_many_chunks_are_the_same_file(tmp_path_factory, odd):
+    folder = tmp_path_factory.mktemp("large")
+    vector = np.arange(CHUNK_BYTES // 2 + odd, dtype="<f4")
+    payload = memoryview(vector.tobytes())
+    due = payload_digest(MANIFEST.digest).update(payload).digest()
+    into = Spool(folder / "it", MANIFEST.digest, len(payload), due, finite=True)
+    for start in range(0, len(payload), CHUNK_BYTES):
+        into.feed(payload[start : start + CHUNK_BYTES])
+    assert into.finish().read_bytes() == payload
+
+
+def test_the_digest_of_a_payload_without_extras_is_the_weights_own() -> None:
+    vector: Vector = np.arange(MANIFEST.size, dtype=np.float32)
+    assert digest(vector.tobytes()).hex() == Weights(MANIFEST, vector).digest
+    assert digest(b"") == blake3(MANIFEST.digest.encode()).digest()
