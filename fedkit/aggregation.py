@@ -136,6 +136,8 @@ class _Sum:
     def mean(self, weight: int) -> Vector:
         """Sum / weight, rounded once to float32; of nothing, zeros."""
         out = np.empty(self._size, dtype=np.float32)
+        if self._total is not None and not self._waiting:
+            return np.divide(self._total, weight or 1, out=out, casting="same_kind")
         total, read = np.empty(min(_PIECE, self._size)), np.empty(min(_PIECE, self._size), dtype=np.float32)
         with self._opened() as waiting:
             for start in range(0, self._size, _PIECE):

@@ -33,6 +33,8 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # the name that grpc 1.85 heeds on servers too
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.bdp_probe", 0),  # else each stream's window grows to 20 MB, of the coordinator's memory
+    ("grpc.http2.lookahead_bytes", 2 << 20),
     ("grpc.so_reuseport", 0),  # a second coordinator on the same port is an error, not a lottery
 ]
 CHANNEL_OPTIONS = [
