@@ -150,11 +150,11 @@ def _session(pid: int) -> int:
 
 
 class Bare:
-    """The bare program with its clients, started on entry, over on exit."""
+    """The bare program with its clients, started on entry, over on exit. With `kept`, it never closes a call."""
 
-    def __init__(self, megabytes: int, clients: int) -> None:
+    def __init__(self, megabytes: int, clients: int, *, kept: bool = False) -> None:
         size = ("--bytes", str(megabytes * 1_000_000), "--clients", str(clients))
-        self._command = [sys.executable, "-m", "bench.bare.coordinator", *size]
+        self._command = [sys.executable, "-m", "bench.bare.coordinator", *size, *(["--kept"] if kept else [])]
 
     def __enter__(self) -> Bare:
         self._process = subprocess.Popen(

@@ -18,7 +18,10 @@ _COMPARE = {"<=": operator.le, ">=": operator.ge, "==": operator.eq}
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number, what it should be, and a word on how it came about. `target` begins with <=, >= or ==."""
+    """One number, what it should be, and a word on how it came about.
+
+    `target` begins with <=, >= or ==; it is empty where the number is only told.
+    """
 
     name: str
     value: float
@@ -28,6 +31,8 @@ class Figure:
     @property
     def reached(self) -> bool:
         """Whether the value keeps to its target."""
+        if not self.target:
+            return True
         sign, bound = self.target.split()
         return _COMPARE[sign](self.value, float(bound))
 
@@ -54,6 +59,7 @@ def show(title: str, figures: list[Figure]) -> bool:
         table.add_column(head, justify="right" if head == "measured" else "left")
     for figure in figures:
         value = f"{figure.value:.4g}"
-        table.add_row(figure.name, value, figure.target, "ok" if figure.reached else "[red]MISSED[/red]", figure.note)
+        verdict = "[red]MISSED[/red]" if not figure.reached else "ok" if figure.target else ""
+        table.add_row(figure.name, value, figure.target, verdict, figure.note)
     Console().print(table)
     return all(figure.reached for figure in figures)

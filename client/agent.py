@@ -19,6 +19,7 @@ from fedkit.client.line import Gone, Line, LineLost
 from fedkit.client.outbox import Outbox, Stored
 from fedkit.client.settings import AgentSettings
 from fedkit.client.trainers import Job, Trainers
+from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import PayloadError, Reason, Refused, RunError
 from fedkit.logs import where
 from fedkit.protos import agents_pb2 as pb
@@ -46,6 +47,7 @@ class _Errand:
 
     message: pb.Assignment
     line: Line  # the connection over which it was asked for last
+    payload: memoryview | bytes = b""  # of the model, where it came along
     task: asyncio.Task[None] | None = field(default=None)
 
 
@@ -140,14 +142,14 @@ class Agent:
 
     async def _listen(self, line: Line) -> bool:
         try:
-            async for message in line.messages():
-                self._hear(line, message)
+            async for message, payload in line.messages():
+                self._hear(line, message, payload)
         except (grpc.RpcError, TimeoutError, grpc.aio.UsageError):
             if self._line is not line:
                 raise
         return self._line is line
 
-    def _hear(self, line: Line, message: pb.ToAgent) -> None:
+    def _hear(self, line: Line, message: pb.ToAgent, payload: memoryview | bytes) -> None:
         kind = message.WhichOneof("what")
         if kind == "welcome":
             line.open(message.welcome)
@@ -155,11 +157,13 @@ class Agent:
             self._settle(message.welcome.settlement)
             log.info("connected", client=self._settings.name, coordinator=self._settings.coordinator)
         elif kind == "assignment":
-            self._take(line, message.assignment)
+            self._take(line, message.assignment, payload)
         elif kind == "cancel":
             self._cancel(message.cancel.assignment_id)
         elif kind == "settlement":
             self._settle(message.settlement)
+        elif kind == "refused":
+            self._note_refused(message.refused)
         elif kind == "goodbye" and message.goodbye.reason in _FINAL:
             raise TurnedAway(
                 f"{self._settings.coordinator} turned {self._settings.name} away: {message.goodbye.detail}"
@@ -167,7 +171,7 @@ class Agent:
 
     # -- assignments ---------------------------------------------------------------------------------------------------
 
-    def _take(self, line: Line, message: pb.Assignment) -> None:
+    def _take(self, line: Line, message: pb.Assignment, payload: memoryview | bytes) -> None:
         if message.HasField("settlement"):
             self._settle(message.settlement)
             message.ClearField("settlement")
@@ -176,7 +180,7 @@ class Agent:
             return
         about = _about(message, self._settings.name)
         log.debug("assignment", **about, work=message.WhichOneof("work"))
-        errand = self._errands[message.id] = _Errand(message, line)
+        errand = self._errands[message.id] = _Errand(message, line, payload)
         errand.task = asyncio.create_task(self._do(errand, about))
         errand.task.add_done_callback(lambda task: self._ended(task, errand, about))
 
@@ -241,7 +245,11 @@ class Agent:
 
     async def _fetch(self, errand: _Errand) -> tuple[Path, Manifest]:
         """The model; raises `PayloadError`, or `Gone` where nobody asks: what is here of it stays."""
-        message = errand.message
+        message, payload = errand.message, errand.payload
+        errand.payload = b""
+        if payload:
+            self._inbox.keep(message, memoryview(payload))
+            message.ClearField("manifest")
         while (found := self._inbox.find(message)) is None:
             line = errand.line
             if line is not self._line:
@@ -265,16 +273,20 @@ class Agent:
             if stored.sums is not None:
                 line.send(pb.FromAgent(sums=convert.sums_to_proto(key, stored.answer())))
                 return
+            if fresh and stored.payload_bytes <= CHUNK_BYTES:
+                line.post(stored, self._outbox.path(key))
+                return
             try:
-                self._hear_reply(stored, await line.deliver(stored, self._outbox.path(key), at_once=fresh))
+                reply = await line.deliver(stored, self._outbox.path(key), at_once=fresh)
+                if reply.WhichOneof("what") == "refused":
+                    self._note_refused(reply.refused)
                 return
             except (grpc.RpcError, LineLost, PayloadError):
                 fresh = False
                 await self._pause(line)
 
-    def _hear_reply(self, stored: Stored, reply: pb.UploadReply) -> None:
-        if reply.WhichOneof("what") == "refused":
-            log.warning("result refused", run=stored.run, assignment=stored.id, reason=reply.refused.reason)
+    def _note_refused(self, refusal: pb.Refusal) -> None:
+        log.warning("result refused", assignment=refusal.assignment_id, reason=refusal.reason)
 
     def _say_refused(self, errand: _Errand, refused: Refused) -> None:
         errand.line.send(pb.FromAgent(refusal=convert.refusal_to_proto(errand.message.id, refused)))

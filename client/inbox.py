@@ -43,12 +43,29 @@ class Inbox:
 
     def learn(self, message: pb.Assignment, header: tensors_pb2.Header) -> None:
         """Keeps the manifest a header brings; raises `PayloadError` unless it is the assignment's."""
-        manifest, _ = convert.header_from_proto(header)
+        self._learn(message, convert.header_from_proto(header)[0])
+
+    def _learn(self, message: pb.Assignment, manifest: Manifest) -> None:
         if bytes.fromhex(manifest.digest) != message.manifest_digest:
             raise PayloadError("the manifest that is sent is not the one that was announced")
         while len(self._manifests) >= _MANIFESTS:
             del self._manifests[next(iter(self._manifests))]
         self._manifests[message.manifest_digest] = manifest
+
+    def keep(self, message: pb.Assignment, payload: memoryview) -> None:
+        """Takes a payload that came with its assignment; raises `PayloadError` for one that does not belong to it."""
+        if message.manifest:
+            self._learn(message, Manifest.from_json(message.manifest))
+        if not self.knows(message) or self.find(message) is not None:
+            return
+        Spool.forget(self._folder / message.model_digest.hex())
+        spool = self.begin(message)
+        try:
+            spool.feed(payload)
+            self.finish(message, spool)
+        except PayloadError:
+            spool.discard()
+            raise
 
     def have(self, message: pb.Assignment) -> int:
         """How many bytes of the payload an earlier, broken-off download left."""
@@ -68,7 +85,7 @@ class Inbox:
 
     def finish(self, message: pb.Assignment, spool: Spool) -> tuple[Path, Manifest]:
         """The payload is whole; those used longest ago go."""
-        path = spool.finish()
+        path = spool.finish().path
         self._touch(path.name)
         while len(self._used) > self._keep:
             self._spares.give(self._folder / self._used.pop(0))

@@ -17,7 +17,7 @@ from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import PayloadError
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
-from fedkit.protos.wire import RESUMED_BYTES, SESSION_KEY, Calls, frame, unframe
+from fedkit.protos.wire import RESUMED_BYTES, SESSION_KEY, Calls, Laden, frame, load, unframe
 from fedkit.spool import Spool
 from fedkit.weights import Manifest
 
@@ -44,7 +44,7 @@ class Line:
     def __init__(self, channel: grpc.aio.Channel, hello: pb.Hello) -> None:
         self.heartbeat_s = 10.0
         self._calls = Calls(channel, pb.DESCRIPTOR.services_by_name["Agents"])
-        self._queue: asyncio.Queue[pb.FromAgent | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[Laden | None] = asyncio.Queue()
         self._session = b""
         self._download: Any = None  # the tensor calls stay open from one assignment to the next
         self._upload: Any = None
@@ -56,7 +56,7 @@ class Line:
 
     def send(self, message: pb.FromAgent) -> None:
         """Queues a message; one task writes them all."""
-        self._queue.put_nowait(message)
+        self._queue.put_nowait(Laden(message))
 
     async def leave(self) -> None:
         """Says goodbye and closes the stream."""
@@ -74,7 +74,7 @@ class Line:
         self._session = welcome.session
         self.heartbeat_s = min(max(welcome.heartbeat_s, 0.1), 60.0)
 
-    async def messages(self) -> AsyncIterator[pb.ToAgent]:
+    async def messages(self) -> AsyncIterator[Laden]:
         """What the coordinator says, to the end. Raises `TimeoutError` where it is silent for two heartbeats."""
         while True:
             async with asyncio.timeout(2 * self.heartbeat_s):
@@ -83,13 +83,13 @@ class Line:
                 return
             yield message
 
-    async def _outgoing(self) -> AsyncIterator[pb.FromAgent]:
+    async def _outgoing(self) -> AsyncIterator[Laden]:
         while True:
             try:
                 async with asyncio.timeout(self.heartbeat_s):
                     message = await self._queue.get()
             except TimeoutError:
-                message = pb.FromAgent(heartbeat=pb.Heartbeat())
+                message = Laden(pb.FromAgent(heartbeat=pb.Heartbeat()))
             if message is None:
                 return
             yield message
@@ -125,17 +125,13 @@ class Line:
 
         `at_once` says that nothing of it was ever sent. Raises `PayloadError`, `LineLost` or `grpc.RpcError`.
         """
-        announcement = pb.Announcement(
-            assignment_id=stored.id,
-            examples=stored.examples,
-            loss=stored.loss,
-            extras=convert.extras_to_proto(stored.extras),
-            payload_bytes=stored.payload_bytes,
-            digest=bytes.fromhex(stored.digest),
-            at_once=at_once,
-        )
         async with self._uploading:
-            return await self._tied(self._deliver(announcement, path))
+            return await self._tied(self._deliver(_announcement(stored, at_once), path))
+
+    def post(self, stored: Stored, path: Path) -> None:
+        """Queues a stored update of at most 1 MiB whole, like any other message."""
+        update = pb.FromAgent(update=_announcement(stored, at_once=True))
+        self._queue.put_nowait(Laden(update, load(path.read_bytes())))
 
     async def _fetch(self, message: pb.Assignment, inbox: Inbox) -> tuple[Path, Manifest]:
         call = self._download = self._download or self._calls.download(metadata=self._metadata)
@@ -171,6 +167,18 @@ class Line:
             if reply is None or reply.WhichOneof("what") != "taken":
                 self._upload = None
                 call.cancel()
+
+
+def _announcement(stored: Stored, at_once: bool) -> pb.Announcement:
+    return pb.Announcement(
+        assignment_id=stored.id,
+        examples=stored.examples,
+        loss=stored.loss,
+        extras=convert.extras_to_proto(stored.extras),
+        payload_bytes=stored.payload_bytes,
+        digest=bytes.fromhex(stored.digest),
+        at_once=at_once,
+    )
 
 
 def _header(raw: Any) -> tensors_pb2.Header:

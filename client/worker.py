@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import mmap
 import os
 import queue
 import socket
@@ -173,13 +174,20 @@ class _Worker:
 
 
 def _read_parcel(path: str, manifest: Manifest, extras: Mapping[str, int]) -> Parcel:
-    values = np.memmap(path, dtype="<f4", mode="r") if os.path.getsize(path) else np.zeros(0, np.float32)
+    values = _mapped(path)
     found: dict[str, Vector] = {}
     start = manifest.size
     for name, size in extras.items():
-        found[name] = np.asarray(values[start : start + size])
+        found[name] = values[start : start + size]
         start += size
-    return Parcel(Weights(manifest, np.asarray(values[: manifest.size])), found)
+    return Parcel(Weights(manifest, values[: manifest.size]), found)
+
+
+def _mapped(path: str) -> Vector:
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return np.zeros(0, np.float32)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype="<f4")
 
 
 def _written(assignment: Assignment, answer: Answer, manifest: Manifest, out: Path) -> dict[str, Any]:

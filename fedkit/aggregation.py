@@ -25,6 +25,7 @@ __all__ = ["Fold", "KeepFold", "Mean", "MeanFold", "SumFold", "Total", "Weightin
 Weighting: TypeAlias = Literal["examples", "uniform"]
 _PIECE = 1 << 18  # elements that are read from one file at a time
 _BLOCK = 1 << 16  # elements that are added at a time, which stay in the cache of a processor's core
+_SMALL = 1 << 18  # elements of values in memory that are added as they come: no later pass would be cheaper
 _MOST_OPEN = 256  # files that one fold keeps open
 _MAX_KINDS = 4  # different sets of extra vectors that are told apart in one mean
 
@@ -118,6 +119,8 @@ class _Sum:
 
     def add(self, values: Vector | Values, weight: int) -> None:
         """Adds `weight` times `values`."""
+        if isinstance(values, Values) and not self._waiting and values.is_at_hand and values.size <= _SMALL:
+            values = values.all()
         if self._waiting or isinstance(values, Values):
             self._waiting.append((values, weight))
             return

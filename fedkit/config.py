@@ -52,7 +52,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as values JSON and TOML can hold; raises `ConfigError` for code, such as a function."""
-        adapter = pydantic.TypeAdapter(type(self))
+        adapter = _adapter(type(self))
         try:
             return dict(adapter.dump_python(self, mode="json"))
         except pydantic.ValidationError as error:
@@ -61,6 +61,9 @@ class Settings:
             raise ConfigError(str(error)) from None
         except ValueError as error:
             raise ConfigError(f"{type(self).__name__}: a setting cannot be written down: {error}") from None
+
+
+_adapter: Callable[[Any], pydantic.TypeAdapter[Any]] = functools.lru_cache(maxsize=256)(pydantic.TypeAdapter)
 
 
 def _explained(cls: type, init: Callable[..., None]) -> Callable[..., None]:
@@ -77,9 +80,10 @@ def _explained(cls: type, init: Callable[..., None]) -> Callable[..., None]:
 def parse(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
     """An instance of `cls` from plain values, as a run file holds them; raises `ConfigError`."""
     try:
-        return pydantic.TypeAdapter(cls).validate_python(dict(values))
+        found: T = _adapter(cls).validate_python(dict(values))
     except pydantic.ValidationError as error:
         raise ConfigError(explain(error, cls, where=where)) from None
+    return found
 
 
 def explain(error: pydantic.ValidationError, cls: type, *, where: str | None = None) -> str:

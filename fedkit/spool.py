@@ -1,13 +1,15 @@
-"""Payloads that live in files: written and checked as their bytes arrive, read again block by block.
+"""Payloads that wait outside of arrays: checked as their bytes arrive, read again block by block.
 
-A `Spool` takes chunks in order, survives the end of its process, and becomes a whole file only when its digest is the
-announced one. `Spooled` weights read their values from such a file when they are needed.
+A `Spool` takes chunks in order into a file, survives the end of its process, and becomes a whole file only when its
+digest is the announced one. A `Stash` keeps small payloads in memory as they arrive. `Spooled` weights read their
+values from either when they are needed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +18,21 @@ import numpy as np
 from blake3 import blake3
 
 from fedkit.codec import CHUNK_BYTES
-from fedkit.errors import PayloadError, Reason, Refused
+from fedkit.errors import PayloadError, Reason, Refused, StorageError
 from fedkit.weights import Manifest, Vector, Weights
 
-__all__ = ["Spares", "Spool", "Spooled", "SpooledExtras", "Values", "payload_digest", "reopen"]
+__all__ = [
+    "Payload",
+    "Room",
+    "Spares",
+    "Spool",
+    "Spooled",
+    "SpooledExtras",
+    "Stash",
+    "Values",
+    "payload_digest",
+    "reopen",
+]
 
 _ITEM = 4  # bytes of a float32
 
@@ -66,8 +79,182 @@ class Spares:
         return True
 
 
-class Spool:
-    """One payload on its way into a file. `have` is the number of bytes taken; the next chunk continues there.
+class Room:
+    """Bytes of memory for payloads, `limit` in all."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def take(self, size: int) -> bool:
+        """Whether there is room; if so, it is taken."""
+        if size > self.left:
+            return False
+        self.left -= size
+        return True
+
+    def give(self, size: int) -> None:
+        """As much is free again."""
+        self.left += size
+
+
+class Payload:
+    """The bytes of a whole, checked payload: in the file at `path`, or in memory until `save` puts them there.
+
+    `pieces` hold 1 MiB each, but for the last one; with the payload they go from `room`, and give it back.
+    """
+
+    def __init__(
+        self, path: Path, pieces: list[memoryview] | None = None, room: tuple[Room, int] | None = None
+    ) -> None:
+        self.path = path
+        self.pieces = pieces
+        self._release = None if room is None else weakref.finalize(self, room[0].give, room[1])
+
+    def save(self) -> None:
+        """Moves the bytes from memory to `path`, as durable as a spool file is; raises `StorageError`."""
+        if self.pieces is None:
+            return
+        try:
+            with open(self.path, "wb", opener=_private) as file:
+                file.writelines(self.pieces)
+        except OSError as error:
+            self.path.unlink(missing_ok=True)
+            raise StorageError(f"{self.path.parent}: {error.strerror}; free space or mend the disk") from error
+        self.pieces = None
+        if self._release is not None:
+            self._release()
+
+    def read(self, at: int, view: memoryview, file: int) -> None:
+        """Fills `view` with the bytes from `at` on; `file` is the open file, where there is one."""
+        while len(view):
+            count = os.preadv(file, [view], at) if self.pieces is None else self._copy(self.pieces, at, view)
+            if count == 0:
+                raise PayloadError(f"{self.path.name} ends before its last value")
+            view, at = view[count:], at + count
+
+    def _copy(self, pieces: list[memoryview], at: int, view: memoryview) -> int:
+        i, start = divmod(at, CHUNK_BYTES)
+        part = pieces[i][start : start + len(view)] if i < len(pieces) else b""
+        view[: len(part)] = part
+        return len(part)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+class _Intake:
+    """One payload on its way. `have` is the number of bytes taken; the next chunk continues there."""
+
+    def __init__(self, manifest_digest: str, payload_bytes: int, digest: bytes, *, finite: bool) -> None:
+        self.payload_bytes = payload_bytes
+        self.have = 0
+        self._digest = digest
+        self._finite = finite
+        self._hash = payload_digest(manifest_digest)
+        self._is_open = True
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every announced byte is there."""
+        return self.have == self.payload_bytes
+
+    def feed(self, chunk: memoryview) -> None:
+        """Takes the next chunk: at most 1 MiB, and whole float32 values. Raises `PayloadError` or `Refused`."""
+        if not self._is_open:
+            raise PayloadError("the payload is being taken over another connection")
+        if len(chunk) > CHUNK_BYTES or len(chunk) % _ITEM or not len(chunk):
+            raise PayloadError(f"a piece has 4 to {CHUNK_BYTES} bytes, a multiple of 4; got {len(chunk)}")
+        if self.have + len(chunk) > self.payload_bytes:
+            raise PayloadError(f"more than the announced {self.payload_bytes} bytes arrived")
+        self._check(chunk)
+        self._write(chunk)
+        self._note(chunk)
+
+    def _check(self, chunk: memoryview) -> None:
+        if self._finite and not _is_finite(np.frombuffer(chunk, dtype="<f4")):
+            raise Refused(Reason.NOT_FINITE, "NaN or infinity in the update: lower the learning rate or check the data")
+
+    def _write(self, chunk: memoryview) -> None:
+        raise NotImplementedError
+
+    def _note(self, chunk: memoryview) -> None:
+        """These bytes are checked and kept."""
+        self._hash.update(chunk)
+        self.have += len(chunk)
+
+    def finish(self) -> Payload:
+        """The whole payload; one with another digest than announced is thrown away. Raises `PayloadError`."""
+        if not self.is_complete:
+            raise PayloadError(f"{self.have} of {self.payload_bytes} bytes arrived")
+        if self._hash.digest() != self._digest:
+            self.discard()
+            raise PayloadError("the payload's digest is not the announced one; the bytes were changed on the way")
+        return self._finish()
+
+    def _finish(self) -> Payload:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stops taking chunks; what is there stays for another connection, or another process."""
+        raise NotImplementedError
+
+    def discard(self) -> None:
+        """Stops taking chunks and removes what is there."""
+        raise NotImplementedError
+
+
+class Stash(_Intake):
+    """One payload on its way into memory, whose room was taken before; `path` is where it goes if it must.
+
+    Chunks are kept as they come: so none may be copied, and a sender of tiny ones gets no more memory than others.
+    """
+
+    def __init__(
+        self, path: Path, manifest_digest: str, payload_bytes: int, digest: bytes, room: Room, *, finite: bool = False
+    ) -> None:
+        super().__init__(manifest_digest, payload_bytes, digest, finite=finite)
+        self._payload = Payload(path, [], (room, payload_bytes))
+        self._tail = bytearray()
+
+    def _write(self, chunk: memoryview) -> None:
+        if not self._tail and (len(chunk) == CHUNK_BYTES or self.have + len(chunk) == self.payload_bytes):
+            self._keep(chunk)
+            return
+        room = CHUNK_BYTES - len(self._tail)
+        self._tail += chunk[:room]
+        if len(self._tail) == CHUNK_BYTES or self.have + len(chunk) == self.payload_bytes:
+            self._keep(memoryview(self._tail))
+            self._tail = bytearray(chunk[room:])
+            if self._tail and self.have + len(chunk) == self.payload_bytes:
+                self._keep(memoryview(self._tail))
+
+    def _keep(self, piece: memoryview) -> None:
+        assert self._payload.pieces is not None  # nobody has saved it before it is whole
+        self._payload.pieces.append(piece)
+
+    def _finish(self) -> Payload:
+        self._is_open = False
+        return self._payload
+
+    def close(self) -> None:
+        """Stops taking chunks. What is there goes into the file from which a `Spool` goes on."""
+        if not self._is_open:
+            return
+        if self._tail:
+            self._keep(memoryview(self._tail))
+        self._payload.path = _part(self._payload.path)
+        self._payload.save()
+        self._is_open = False
+
+    def discard(self) -> None:
+        """Stops taking chunks and forgets what is there."""
+        self._is_open = False
+        self._payload = Payload(self._payload.path, [])
+
+
+class Spool(_Intake):
+    """One payload on its way into a file.
 
     What was left in `path` with the ending `.part` counts, once its bytes have been hashed again. With `finite`, NaN
     and infinity are refused as they go by. A file of `spares` is written over under the ending `.over`, which becomes
@@ -84,13 +271,9 @@ class Spool:
         finite: bool = False,
         spares: Spares | None = None,
     ) -> None:
+        super().__init__(manifest_digest, payload_bytes, digest, finite=finite)
         self.path = path
-        self.payload_bytes = payload_bytes
-        self.have = 0
-        self._digest = digest
-        self._finite = finite
-        self._hash = payload_digest(manifest_digest)
-        self._part = path.with_name(path.name + ".part")
+        self._part = _part(path)
         over = path.with_name(path.name + ".over")
         self._is_over = not self._part.exists() and spares is not None and spares.take(over)
         self._at = over if self._is_over else self._part
@@ -101,7 +284,12 @@ class Spool:
     @staticmethod
     def forget(path: Path) -> None:
         """What an earlier upload left of this payload does not count."""
-        path.with_name(path.name + ".part").unlink(missing_ok=True)
+        _part(path).unlink(missing_ok=True)
+
+    @staticmethod
+    def is_begun(path: Path) -> bool:
+        """Whether an earlier upload left something of this payload."""
+        return _part(path).exists()
 
     def _resume(self) -> None:
         left = min(os.fstat(self._file).st_size, self.payload_bytes) // _ITEM * _ITEM
@@ -111,66 +299,38 @@ class Spool:
             self._note(chunk)
         os.ftruncate(self._file, self.have)
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every announced byte is there."""
-        return self.have == self.payload_bytes
-
-    def feed(self, chunk: memoryview) -> None:
-        """Takes the next chunk: at most 1 MiB, and whole float32 values."""
-        if self._file < 0:
-            raise PayloadError("the payload is being taken over another connection")
-        if len(chunk) > CHUNK_BYTES or len(chunk) % _ITEM or not len(chunk):
-            raise PayloadError(f"a piece has 4 to {CHUNK_BYTES} bytes, a multiple of 4; got {len(chunk)}")
-        if self.have + len(chunk) > self.payload_bytes:
-            raise PayloadError(f"more than the announced {self.payload_bytes} bytes arrived")
-        self._check(chunk)
-        self._write(chunk)
-        self._note(chunk)
-
-    def _check(self, chunk: memoryview) -> None:
-        if self._finite and not _is_finite(np.frombuffer(chunk, dtype="<f4")):
-            raise Refused(Reason.NOT_FINITE, "NaN or infinity in the update: lower the learning rate or check the data")
-
     def _write(self, chunk: memoryview) -> None:
         done = 0
         while done < len(chunk):
             done += os.pwrite(self._file, chunk[done:], self.have + done)
 
-    def _note(self, chunk: memoryview) -> None:
-        """These bytes are checked and in the file."""
-        self._hash.update(chunk)
-        self.have += len(chunk)
-
-    def finish(self) -> Path:
-        """The whole file, under its own name; a payload with another digest than announced is thrown away."""
-        if not self.is_complete:
-            raise PayloadError(f"{self.have} of {self.payload_bytes} bytes arrived")
-        if self._hash.digest() != self._digest:
-            self.discard()
-            raise PayloadError("the payload's digest is not the announced one; the bytes were changed on the way")
+    def _finish(self) -> Payload:
         if os.stat(self._at).st_size != self.payload_bytes:
             os.truncate(self._at, self.payload_bytes)
         os.replace(self._at, self.path)
         self._is_over = False
         self.close()
-        return self.path
+        return Payload(self.path)
 
     def close(self) -> None:
         """Stops taking chunks; what is there stays for another process."""
-        if self._file < 0:
+        if not self._is_open:
             return
         if self._is_over:
             os.ftruncate(self._file, self.have)
             os.replace(self._at, self._part)
             self._at, self._is_over = self._part, False
         os.close(self._file)
-        self._file = -1
+        self._is_open = False
 
     def discard(self) -> None:
         """Stops taking chunks and removes what is there."""
         self.close()
         self._at.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def _is_finite(values: Vector) -> bool:
@@ -180,55 +340,57 @@ def _is_finite(values: Vector) -> bool:
 
 
 class Values:
-    """`size` float32 values in a checked file, from the one at `start` on.
+    """`size` float32 values of a payload, from the one at `start` on. Raises `PayloadError` where it ends too early."""
 
-    Raises `PayloadError` where the file ends too early.
-    """
-
-    def __init__(self, path: Path, start: int, size: int, file: int | None = None) -> None:
-        self.path = path
+    def __init__(self, payload: Payload, start: int, size: int, file: int | None = None) -> None:
         self.size = size
+        self._payload = payload
         self._start = start
         self._file = file
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether they are in memory."""
+        return self._payload.pieces is not None
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Values]:
         """The same values with their file kept open, which many small reads want."""
-        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        if self._payload.pieces is not None:
+            yield self
+            return
+        file = os.open(self._payload.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            yield Values(self.path, self._start, self.size, file)
+            yield Values(self._payload, self._start, self.size, file)
         finally:
             os.close(file)
 
     def read(self, start: int, out: Vector) -> None:
         """Fills `out` with the values from the one at `start` on."""
-        if self._file is None:
+        if self._file is None and self._payload.pieces is None:
             with self.opened() as values:
                 values.read(start, out)
             return
-        view, at = out.view(np.uint8).data, _ITEM * (self._start + start)
-        while len(view):
-            count = os.preadv(self._file, [view], at)
-            if count == 0:
-                raise PayloadError(f"{self.path.name} ends before its last value")
-            view, at = view[count:], at + count
+        self._payload.read(
+            _ITEM * (self._start + start), out.view(np.uint8).data, -1 if self._file is None else self._file
+        )
 
     def all(self) -> Vector:
-        """All values in memory."""
+        """All values as an array."""
         out = np.empty(self.size, dtype=np.float32)
         self.read(0, out)
         return out
 
 
 class Spooled(Weights):
-    """Weights whose values lie at the beginning of a checked file; `vector` reads them all, `block` a part."""
+    """Weights whose values lie at the beginning of a checked payload; `vector` reads them all, `block` a part."""
 
     is_stored = True
 
-    def __init__(self, manifest: Manifest, path: Path) -> None:
+    def __init__(self, manifest: Manifest, payload: Payload) -> None:
         self.manifest = manifest
-        self.path = path
-        self.values = Values(path, 0, manifest.size)
+        self.payload = payload
+        self.values = Values(payload, 0, manifest.size)
 
     @cached_property
     def vector(self) -> Vector:  # type: ignore[override]
@@ -246,13 +408,13 @@ class Spooled(Weights):
 
 
 class SpooledExtras(Mapping[str, Vector]):
-    """Named vectors that lie behind the weights in the same file; each is read when asked for, and not kept."""
+    """Named vectors that lie behind the weights in the same payload; each is read when asked for, and not kept."""
 
-    def __init__(self, path: Path, start: int, sizes: Mapping[str, int]) -> None:
+    def __init__(self, payload: Payload, start: int, sizes: Mapping[str, int]) -> None:
         self.sizes = dict(sizes)
         self._values: dict[str, Values] = {}
         for name, size in self.sizes.items():
-            self._values[name] = Values(path, start, size)
+            self._values[name] = Values(payload, start, size)
             start += size
 
     def values_of(self, name: str) -> Values:
@@ -277,4 +439,5 @@ def reopen(path: Path, manifest: Manifest, extras: Mapping[str, int]) -> tuple[W
         return None
     if size != _ITEM * (manifest.size + sum(extras.values())):
         return None
-    return Spooled(manifest, path), SpooledExtras(path, manifest.size, extras)
+    payload = Payload(path)
+    return Spooled(manifest, payload), SpooledExtras(payload, manifest.size, extras)

@@ -1,13 +1,13 @@
 """gRPC methods made from the service descriptors, so that no method can be forgotten on either side.
 
-Messages that carry tensors pass as bytes and are framed by hand: protobuf's own copy of a 1 MiB field would cost as
-much as sending it. What is framed here is what any protobuf library reads and writes.
+Tensors in messages pass as bytes and are framed by hand: protobuf's own copy of a 1 MiB field would cost as much as
+sending it. What is framed here is what any protobuf library reads and writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf import message_factory
@@ -20,8 +20,10 @@ __all__ = [
     "SERVER_OPTIONS",
     "SESSION_KEY",
     "Calls",
+    "Laden",
     "frame",
     "handlers",
+    "load",
     "unframe",
 ]
 
@@ -46,6 +48,26 @@ CHANNEL_OPTIONS = [
 
 _FRAMED = frozenset({"fedkit.v1.Piece", "fedkit.v1.UploadPiece"})
 _DATA = 0x12  # field 2 of both, length-delimited
+_LADEN = frozenset({"fedkit.v1.ToAgent", "fedkit.v1.FromAgent"})
+_PAYLOAD = 0x7A  # field 15 of both, length-delimited
+_LENGTH_DELIMITED = 2
+
+
+class Laden(NamedTuple):
+    """A message with its `payload` beside it: as it was received, or serialised by `load`."""
+
+    message: Any
+    payload: memoryview | bytes = b""
+
+
+def load(payload: memoryview | bytes) -> bytes:
+    """The field `payload` of a message, serialised, for up to 2 MiB.
+
+    It goes first, behind four bytes (the length is a varint of three, whatever it is), so that its values are aligned
+    where they arrive.
+    """
+    size = len(payload)
+    return b"".join((bytes((_PAYLOAD, size & 0x7F | 0x80, size >> 7 & 0x7F | 0x80, size >> 14)), payload))
 
 
 def frame(chunk: memoryview | bytes) -> bytes:
@@ -62,21 +84,59 @@ def unframe(raw: bytes) -> memoryview | None:
     """The `data` of a serialised `Piece` or `UploadPiece` without a copy; None where it holds something else."""
     if not raw or raw[0] != _DATA:
         return None
-    length, shift, at = 0, 0, 1
+    start, end = _extent(raw, 1)
+    return memoryview(raw)[start:] if start and end == len(raw) else None
+
+
+def _extent(raw: bytes, at: int) -> tuple[int, int]:
+    """Where a field lies whose length is written at `at`; (0, 0) where that is no length."""
+    length, shift = 0, 0
     while at < len(raw) and shift < 35:
         byte = raw[at]
         length |= (byte & 0x7F) << shift
         at, shift = at + 1, shift + 7
         if byte < 0x80:
-            return memoryview(raw)[at:] if length == len(raw) - at else None
-    return None
+            return at, at + length
+    return 0, 0
+
+
+def _unload(raw: bytes) -> tuple[bytes, memoryview | bytes]:
+    """A serialised message without its `payload`, and that payload without a copy; empty where there is none."""
+    at = 0
+    while at < len(raw) and raw[at] & 7 == _LENGTH_DELIMITED:
+        start, end = _extent(raw, at + 1)
+        if not start or end > len(raw):
+            break
+        if raw[at] == _PAYLOAD:
+            return raw[:at] + raw[end:], memoryview(raw)[start:end]
+        at = end
+    return raw, b""
+
+
+def _unladen(message: Descriptor) -> Callable[[bytes], Laden]:
+    parse = message_factory.GetMessageClass(message).FromString
+
+    def parsed(raw: bytes) -> Laden:
+        small, payload = _unload(raw)
+        return Laden(parse(small), payload)
+
+    return parsed
+
+
+def _written(laden: Laden) -> bytes:
+    raw: bytes = laden.message.SerializeToString()
+    return b"".join((laden.payload, raw)) if laden.payload else raw
 
 
 def _parser(message: Descriptor) -> Callable[[bytes], Any] | None:
+    if message.full_name in _LADEN:
+        return _unladen(message)
     return None if message.full_name in _FRAMED else message_factory.GetMessageClass(message).FromString
 
 
 def _serializer(message: Descriptor) -> Callable[[Any], bytes] | None:
+    if message.full_name in _LADEN:
+        return _written
     return None if message.full_name in _FRAMED else message_factory.GetMessageClass(message).SerializeToString
 
 

@@ -15,11 +15,11 @@ from google.protobuf.message import DecodeError
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
-from fedkit.protos.wire import PROTOCOL, SESSION_KEY, unframe
+from fedkit.protos.wire import PROTOCOL, SESSION_KEY, Laden, unframe
 from fedkit.server.attendance import Attendance, Session
 from fedkit.server.errands import Errand, Published, require_examples
 from fedkit.server.metrics import Metrics
-from fedkit.spool import Spool
+from fedkit.spool import Spool, Stash
 
 __all__ = ["AgentService", "Register"]
 
@@ -73,28 +73,28 @@ class AgentService:
 
     # -- attendance ----------------------------------------------------------------------------------------------------
 
-    async def attend(self, requests: AsyncIterator[pb.FromAgent], context: Any) -> AsyncIterator[pb.ToAgent]:  # noqa: ARG002
+    async def attend(self, requests: AsyncIterator[Laden], context: Any) -> AsyncIterator[Laden]:  # noqa: ARG002
         """One agent from its hello to the end of its stream."""
         try:
             session, held = await self._admit(requests)
         except _Unwelcome as unwelcome:
-            yield unwelcome.goodbye
+            yield Laden(unwelcome.goodbye)
             return
         reading = asyncio.create_task(self._read(session, requests))
         try:
-            yield self._welcome(session, held)
+            yield Laden(self._welcome(session, held))
             while (message := await self._next(session)) is not None:
                 yield message
         finally:
             reading.cancel()
             self._depart(session)
 
-    async def _admit(self, requests: AsyncIterator[pb.FromAgent]) -> tuple[Session, list[str]]:
+    async def _admit(self, requests: AsyncIterator[Laden]) -> tuple[Session, list[str]]:
         try:
             first = await asyncio.wait_for(anext(requests), _HELLO_S)
         except (TimeoutError, StopAsyncIteration):
             raise _Unwelcome(pb.Goodbye.MALFORMED, "the first message must be Hello, at once") from None
-        hello = _checked_hello(first)
+        hello = _checked_hello(first.message)
         session = Session(hello.client, hello.instance, frozenset(hello.tasks), int(hello.max_examples))
         before = self._attendance.sessions.get(session.name)
         if before is not None and before.instance != session.instance:
@@ -113,7 +113,7 @@ class AgentService:
             welcome=pb.Welcome(session=session.token, heartbeat_s=self._heartbeat_s, settlement=settlement)
         )
 
-    async def _next(self, session: Session) -> pb.ToAgent | None:
+    async def _next(self, session: Session) -> Laden | None:
         """The next message for the agent, a heartbeat where there is none, None at the end."""
         if not session.outgoing.empty():
             return session.outgoing.get_nowait()
@@ -121,7 +121,7 @@ class AgentService:
             async with asyncio.timeout(self._heartbeat_s):
                 return await session.outgoing.get()
         except TimeoutError:
-            return pb.ToAgent(heartbeat=pb.Heartbeat())
+            return Laden(pb.ToAgent(heartbeat=pb.Heartbeat()))
 
     def _depart(self, session: Session) -> None:
         if self._attendance.depart(session):
@@ -144,22 +144,24 @@ class AgentService:
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
-    async def _read(self, session: Session, requests: AsyncIterator[pb.FromAgent]) -> None:
+    async def _read(self, session: Session, requests: AsyncIterator[Laden]) -> None:
         try:
-            async for message in requests:
+            async for message, payload in requests:
                 session.heard = time.monotonic()
-                self._dispatch(session, message)
+                self._dispatch(session, message, payload)
         except grpc.RpcError:
             pass  # the stream broke; its end is the same as if the agent had closed it
         finally:
             session.end()
 
-    def _dispatch(self, session: Session, message: pb.FromAgent) -> None:
+    def _dispatch(self, session: Session, message: pb.FromAgent, payload: memoryview | bytes) -> None:
         kind = message.WhichOneof("what")
         if kind == "progress":
             errand = session.errands.get(message.progress.assignment_id)
             if errand is not None:
                 errand.done, errand.total = int(message.progress.done), int(message.progress.total)
+        elif kind == "update":
+            self._updated(session, message.update, memoryview(payload))
         elif kind == "sums":
             self._summed(session, message.sums)
         elif kind == "refusal":
@@ -170,6 +172,24 @@ class AgentService:
         elif kind != "heartbeat":
             bad = pb.Goodbye(reason=pb.Goodbye.MALFORMED, detail="a message of no known kind: update the agent")
             session.end(pb.ToAgent(goodbye=bad))
+
+    def _updated(self, session: Session, announced: pb.Announcement, payload: memoryview) -> None:
+        errand = session.errands.get(announced.assignment_id)
+        try:
+            if errand is None:
+                raise Refused(self._unasked(session, announced.assignment_id))
+            spool = errand.receive(announced, session.max_examples)
+            try:
+                if len(payload):
+                    spool.feed(payload)
+            except PayloadError as error:
+                raise Refused(Reason.PAYLOAD, str(error)) from None
+            errand.take(spool)
+            self._metrics.bytes.labels(direction="up").inc(len(payload))
+        except Refused as refused:
+            if errand is not None:
+                errand.settle(refused)
+            session.send(pb.ToAgent(refused=convert.refusal_to_proto(announced.assignment_id, refused)))
 
     def _summed(self, session: Session, sums: pb.Sums) -> None:
         def answer(errand: Errand) -> Any:
@@ -260,7 +280,7 @@ class AgentService:
                 errand.settle(refused)
             raise
 
-    async def _fill(self, spool: Spool, requests: AsyncIterator[bytes], session: Session) -> bool:
+    async def _fill(self, spool: Spool | Stash, requests: AsyncIterator[bytes], session: Session) -> bool:
         """Takes pieces until the spool is complete; False where they end before. Raises `Refused` for strange ones."""
         received = self._metrics.bytes.labels(direction="up")
         while not spool.is_complete:

@@ -10,6 +10,7 @@ from typing import TypeAlias
 from fedkit.errors import StorageError
 from fedkit.packing import pack, unpack
 from fedkit.server.database import Database
+from fedkit.spool import Payload, Spooled
 from fedkit.weights import Vector, Weights
 from fedkit.work import Answer, MetricSums, Summary, Update
 
@@ -23,7 +24,8 @@ _KINDS: dict[str, type[MetricSums | Summary]] = {"MetricSums": MetricSums, "Summ
 class Answers:
     """Answers by assignment id. Those of the last calls wait in memory for the transaction that notes the call.
 
-    The vectors of an update that lies in `spool` stay in their file.
+    The vectors of an update that lies in `spool` stay in their file. One that is still in memory is written one fact
+    later than the others, because most rounds are over by then; lost, it is asked for again and not trained again.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Answers:
         self._remove_file = remove or _unlink
         self._spool = None if spool is None else spool.resolve()
         self._fresh: dict[str, Answer] = {}
+        self._spared: set[str] = set()  # by the last `write`
         self._written = {key for (key,) in database.rows("SELECT id FROM answers WHERE round = ?", (round,))}
 
     def keep(self, key: str, answer: Answer) -> None:
@@ -49,10 +52,13 @@ class Answers:
         return None if row is None else self._from_row(row[0], row[1], reopen)
 
     def write(self, connection: sqlite3.Connection, round: int) -> list[str]:
-        """Writes the answers kept so far as a part of a transaction; returns their ids, which are for `written`."""
-        rows = [(round, key, *self._to_row(answer)) for key, answer in self._fresh.items()]
+        """Writes answers kept so far as a part of a transaction; returns their ids, which are for `written`."""
+        spared = {key for key, answer in self._fresh.items() if key not in self._spared and _in_memory(answer)}
+        due = {key: answer for key, answer in self._fresh.items() if key not in spared}
+        rows = [(round, key, *self._to_row(answer)) for key, answer in due.items()]
         connection.executemany("INSERT OR REPLACE INTO answers (round, id, file, content) VALUES (?, ?, ?, ?)", rows)
-        return list(self._fresh)
+        self._spared = spared
+        return list(due)
 
     def written(self, keys: list[str]) -> None:
         """The transaction stands: these answers need no memory any more."""
@@ -84,14 +90,15 @@ class Answers:
 
     def _file(self, answer: Answer) -> str | None:
         """The name of the spool file that holds the answer's vectors, if one does."""
-        path = getattr(answer.weights, "path", None) if isinstance(answer, Update) else None
+        path = None if (payload := _payload(answer)) is None else payload.path
         return path.name if path is not None and path.parent.resolve() == self._spool else None
 
     def _to_row(self, answer: Answer) -> tuple[str | None, bytes]:
         if not isinstance(answer, Update):
             return None, pack((type(answer).__name__, answer.vector, answer.examples))
-        file, facts = self._file(answer), (answer.examples, answer.loss)
-        if file is not None:
+        file, facts, payload = self._file(answer), (answer.examples, answer.loss), _payload(answer)
+        if file is not None and payload is not None:
+            payload.save()
             return file, pack((*facts, answer.weights.manifest.digest, tuple(answer.sizes.items())))
         return None, pack(("Update", answer.weights, *facts, dict(answer.extra)))
 
@@ -104,6 +111,16 @@ class Answers:
         if found is None or found[0].manifest.digest != manifest:
             return None
         return Update(found[0], examples, loss, found[1])
+
+
+def _payload(answer: Answer) -> Payload | None:
+    """The bytes of an update as they arrived."""
+    return answer.weights.payload if isinstance(answer, Update) and isinstance(answer.weights, Spooled) else None
+
+
+def _in_memory(answer: Answer) -> bool:
+    payload = _payload(answer)
+    return payload is not None and payload.pieces is not None
 
 
 def _unlink(path: Path) -> None:

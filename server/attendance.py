@@ -7,18 +7,21 @@ import contextlib
 import math
 import secrets
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedkit.errors import Reason, Refused
 from fedkit.protos import agents_pb2 as pb
+from fedkit.protos.wire import Laden
 from fedkit.server.errands import Errand
 from fedkit.work import Answer
 
 __all__ = ["Attendance", "Away", "Session"]
 
+_MODELS = 2  # that an agent keeps, at least
+_MANIFESTS = 32
 _NEWS_S = 0.02  # for which news of results waits for an assignment to travel with
 
 
@@ -38,15 +41,17 @@ class Session:
     heard: float = field(default_factory=time.monotonic)
     since: float = field(default_factory=time.monotonic)
     errands: dict[str, Errand] = field(default_factory=dict)
-    outgoing: asyncio.Queue[pb.ToAgent | None] = field(default_factory=asyncio.Queue)
+    outgoing: asyncio.Queue[Laden | None] = field(default_factory=asyncio.Queue)
     ended: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     left: bool = False
+    _models: deque[bytes] = field(default_factory=lambda: deque(maxlen=_MODELS))  # those it was sent last
+    _manifests: deque[bytes] = field(default_factory=lambda: deque(maxlen=_MANIFESTS))
     _news: pb.Settlement | None = None
 
     async def ask(self, errand: Errand) -> Answer:
         """The client's answer. Raises `Refused`, or `Away` where the session ends before."""
         self.errands[errand.assignment.id] = errand
-        self.send(pb.ToAgent(assignment=errand.message))
+        self._assign(errand)
         try:
             either: set[asyncio.Future[Any]] = {errand.answer, self.ended}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -62,13 +67,25 @@ class Session:
             raise Refused(outcome.reason, outcome.detail)  # a new one, or the traceback would keep the errand alive
         return outcome
 
-    def send(self, message: pb.ToAgent) -> None:
-        """Queues a message; an assignment takes waiting news along."""
-        if self._news is not None and message.HasField("assignment"):
-            message = pb.ToAgent(assignment=message.assignment)
+    def _assign(self, errand: Errand) -> None:
+        """Queues the assignment. It takes waiting news along, and a small model that the agent does not have."""
+        message, load = pb.ToAgent(assignment=errand.message), errand.published.load
+        digest, manifest = errand.message.model_digest, errand.message.manifest_digest
+        if self._news is not None:
             message.assignment.settlement.CopyFrom(self._news)
             self._news = None
-        self.outgoing.put_nowait(message)
+        if digest in self._models:
+            load = b""
+        elif load:
+            self._models.append(digest)
+            if manifest not in self._manifests:
+                self._manifests.append(manifest)
+                message.assignment.manifest = errand.published.parcel.model.manifest.to_json()
+        self.outgoing.put_nowait(Laden(message, load))
+
+    def send(self, message: pb.ToAgent) -> None:
+        """Queues a message."""
+        self.outgoing.put_nowait(Laden(message))
 
     def tell(self, settlement: pb.Settlement) -> None:
         """Queues news of results, with the next assignment if that comes at once."""

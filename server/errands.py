@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
-from fedkit.protos.wire import RESUMED_BYTES, frame
+from fedkit.protos.wire import RESUMED_BYTES, frame, load
 from fedkit.rounds.assignment import Assignment, Parcel
-from fedkit.spool import Spares, Spool, payload_digest, reopen
+from fedkit.spool import Payload, Room, Spares, Spool, Spooled, SpooledExtras, Stash, payload_digest
 from fedkit.weights import Vector
 from fedkit.work import Answer, Update
 
@@ -22,6 +23,7 @@ __all__ = ["Errand", "Published", "require_examples"]
 
 
 _FRAMES = 16  # that are kept for clients who are about as far as the others
+_STASHED_BYTES = 32 << 20  # of the largest answer that may stay in memory
 
 
 class Published:
@@ -35,6 +37,13 @@ class Published:
         self.header: bytes = tensors_pb2.Piece(header=header).SerializeToString()
         self._chunks = list(_chunks(_vectors(parcel)))
         self._frames: dict[int, bytes] = {}
+
+    @cached_property
+    def load(self) -> bytes:
+        """The payload as it goes along with an assignment; empty where it is too large for that."""
+        if not 0 < self.payload_bytes <= CHUNK_BYTES:
+            return b""
+        return load(b"".join(chunk for _, chunk in self._chunks))
 
     def pieces(self, offset: int) -> Iterator[bytes]:
         """Serialised pieces with the payload from byte `offset` on; small ones where a break is made good."""
@@ -84,7 +93,13 @@ class Errand:
     """
 
     def __init__(
-        self, assignment: Assignment, message: pb.Assignment, published: Published, folder: Path, spares: Spares
+        self,
+        assignment: Assignment,
+        message: pb.Assignment,
+        published: Published,
+        folder: Path,
+        spares: Spares,
+        room: Room,
     ) -> None:
         self.assignment = assignment
         self.message = message
@@ -94,10 +109,11 @@ class Errand:
         self.total = 0
         self._path = folder / assignment.id
         self._spares = spares
-        self._spool: Spool | None = None
+        self._room = room
+        self._spool: Spool | Stash | None = None
         self._announced: pb.Announcement | None = None
 
-    def receive(self, announced: pb.Announcement, max_examples: int) -> Spool:
+    def receive(self, announced: pb.Announcement, max_examples: int) -> Spool | Stash:
         """Where the announced bytes go. Raises `Refused` before any of them is taken; an upload before is cut off."""
         manifest = self.published.parcel.model.manifest
         if self.assignment.returns == "sums":
@@ -116,26 +132,31 @@ class Errand:
         self._announced = announced
         if announced.at_once:
             Spool.forget(self._path)
-        self._spool = Spool(self._path, manifest.digest, due, announced.digest, finite=True, spares=self._spares)
+        self._spool = self._intake(manifest.digest, due, announced.digest)
         return self._spool
 
-    def expects(self, spool: Spool | None) -> bool:
+    def _intake(self, manifest_digest: str, due: int, digest: bytes) -> Spool | Stash:
+        """Small answers stay in memory as long as there is room, unless a file has a part of them."""
+        if due <= _STASHED_BYTES and not Spool.is_begun(self._path) and self._room.take(due):
+            return Stash(self._path, manifest_digest, due, digest, self._room, finite=True)
+        return Spool(self._path, manifest_digest, due, digest, finite=True, spares=self._spares)
+
+    def expects(self, spool: Spool | Stash | None) -> bool:
         """Whether this upload is the one that counts, and not one that a newer upload has cut off."""
         return spool is self._spool
 
-    def take(self, spool: Spool) -> None:
+    def take(self, spool: Spool | Stash) -> None:
         """The whole answer is there: it is checked and handed to whoever waits. Raises `Refused`."""
         assert self._announced is not None  # receive has set it
         try:
-            path = spool.finish()
+            payload: Payload = spool.finish()
         except PayloadError as error:
             raise Refused(Reason.PAYLOAD, str(error)) from None
         manifest = self.published.parcel.model.manifest
         extras = {extra.name: int(extra.length) for extra in self._announced.extras}
-        found = reopen(path, manifest, extras)
-        assert found is not None  # it has just been written
         loss = self._announced.loss if self._announced.HasField("loss") else None
-        self.settle(Update(found[0], int(self._announced.examples), loss, found[1]))
+        weights, vectors = Spooled(manifest, payload), SpooledExtras(payload, manifest.size, extras)
+        self.settle(Update(weights, int(self._announced.examples), loss, vectors))
 
     def settle(self, outcome: Answer | Refused) -> None:
         """Ends the errand with an answer or a refusal; only the first one counts."""

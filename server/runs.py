@@ -26,6 +26,7 @@ from fedkit.server.database import Database, StoredRun
 from fedkit.server.journal import SqliteJournal
 from fedkit.server.metrics import Metrics
 from fedkit.server.transport import RunTransport, Terms
+from fedkit.spool import Room
 from fedkit.status import ClientStatus, JobStatus, RunStatus
 from fedkit.strategy import Strategy
 from fedkit.task import Task
@@ -36,6 +37,7 @@ __all__ = ["Runs"]
 log = structlog.get_logger("fedkit.server")
 
 _DISK_S = 15.0  # between two tries to go on with a disk that did not do its part
+_ROOM_BYTES = 256 << 20  # for answers of all runs that stay in memory
 
 
 @dataclass(eq=False)
@@ -74,6 +76,7 @@ class Runs:
         self._attendance = attendance
         self._metrics = metrics
         self._tasks = tasks
+        self._room = Room(_ROOM_BYTES)
         self._live: dict[str, _Live] = {}
 
     # -- beginning and ending ------------------------------------------------------------------------------------------
@@ -113,7 +116,7 @@ class Runs:
         strategy, task = file.build_strategy(), self._task(file)
         terms = Terms(stored.id, task.name, type(strategy).__name__, file.evaluate is not None)
         spool = self._folder / "spool" / stored.id
-        transport = RunTransport(terms, self._attendance, self._database, spool, self._metrics)
+        transport = RunTransport(terms, self._attendance, self._database, spool, self._metrics, self._room)
         live = self._live[stored.name] = _Live(stored.name, transport, self._journal(stored, transport.spares.give))
         plan = Plan(
             name=stored.id,

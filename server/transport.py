@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import shutil
-import sys
 import time
 import weakref
 from collections import defaultdict
@@ -23,7 +21,7 @@ from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.server.attendance import Attendance, Away
 from fedkit.server.errands import Errand, Published
 from fedkit.server.metrics import Metrics
-from fedkit.spool import Spares, Spool
+from fedkit.spool import Room, Spares, Spool
 from fedkit.work import Answer
 
 __all__ = ["Fates", "RunTransport", "Terms"]
@@ -31,7 +29,6 @@ __all__ = ["Fates", "RunTransport", "Terms"]
 T = TypeVar("T")
 
 _SMALL_BYTES = 4 << 20
-_LARGE_BYTES = 32 << 20  # models from which on it pays to give freed memory back before a fold takes more
 _SPARES = 64
 
 log = structlog.get_logger("fedkit.server")
@@ -56,15 +53,18 @@ class Terms:
 
 
 class RunTransport:
-    """Asks agents on behalf of one run. `folder` takes the answers' bytes as they arrive."""
+    """Asks agents on behalf of one run. `room` or `folder` takes the answers' bytes as they arrive."""
 
-    def __init__(self, terms: Terms, attendance: Attendance, fates: Fates, folder: Path, metrics: Metrics) -> None:
+    def __init__(
+        self, terms: Terms, attendance: Attendance, fates: Fates, folder: Path, metrics: Metrics, room: Room
+    ) -> None:
         self.waits_for = ""  # for people: who is missing before the run can go on
         self._terms = terms
         self._attendance = attendance
         self._fates = fates
         self._folder = folder
         self._metrics = metrics
+        self._room = room
         self._asked: dict[str, str] = {}
         self._model_bytes = 0
         self._published: weakref.WeakValueDictionary[int, Published] = weakref.WeakValueDictionary()
@@ -87,8 +87,6 @@ class RunTransport:
     async def aside(self, phase: Literal["fold", "commit"], work: Callable[[], T]) -> T:
         """What `work()` returns: small models at once, large ones from a thread, so that streams go on meanwhile."""
         with self._metrics.seconds.labels(phase=phase).time():
-            if phase == "fold" and self._model_bytes >= _LARGE_BYTES:
-                await asyncio.to_thread(_give_back)
             return work() if self._model_bytes <= _SMALL_BYTES else await asyncio.to_thread(work)
 
     async def assemble(self, least: int) -> None:
@@ -144,7 +142,7 @@ class RunTransport:
             strategy=self._terms.strategy,
             holds_out_valid=self._terms.holds_out_valid,
         )
-        return Errand(assignment, message, published, self._folder, self.spares)
+        return Errand(assignment, message, published, self._folder, self.spares, self._room)
 
     def _refused(self, assignment: Assignment, refused: Refused) -> None:
         self._metrics.refusals.labels(reason=refused.reason.value).inc()
@@ -182,11 +180,3 @@ class RunTransport:
         self.spares.give(self._folder / key)
         Spool.forget(self._folder / key)
         return self._asked.pop(key, "")
-
-
-def _give_back() -> None:
-    """Gives the system what glibc keeps of the pieces that have gone by; they are scattered over its heap."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

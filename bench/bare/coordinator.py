@@ -1,10 +1,11 @@
-"""The bare program: a round is the model to every client and back over one stream each, and a running sum.
+"""The bare program: a round is the model to every client and back, and a running sum.
 
     echo 5 | python -m bench.bare.coordinator --bytes 25000000 --clients 10
 
 For each number on its input it plays as many rounds and prints one line of JSON: the seconds of each round, and the
 processor seconds of coordinator and clients together. Serializers are the identity, chunks have 1 MiB, the sum is
-float32; there is no digest, no check and no file.
+float32; there is no digest, no check and no file. Each client fetches the model with one call and answers with another;
+with --kept, it does both over one stream that is never closed: as little as grpc.aio can do at all.
 """
 
 from __future__ import annotations
@@ -22,34 +23,59 @@ from typing import Any
 import grpc
 import numpy as np
 
-from bench.bare import CHUNK_BYTES, METHOD, process
+from bench.bare import ATTEND, CHUNK_BYTES, DOWNLOAD, EXCHANGE, UPLOAD, process
 
 
 class Coordinator:
-    """A server that keeps every client's stream, and the rounds it plays on them."""
+    """A server that keeps every client's stream, and the rounds it plays."""
 
     def __init__(self, size: int, clients: int) -> None:
         self.model = (np.arange(size // 4) % 1000).astype("<f4")
         self.total = np.empty_like(self.model)
         self.clients = clients
-        self._streams: list[Any] = []
-        self._complete, self._over = asyncio.Event(), asyncio.Event()
+        self._attending: list[Any] = []
+        self._kept: list[Any] = []
+        self._complete, self._answered, self._over = asyncio.Event(), asyncio.Semaphore(0), asyncio.Event()
 
     async def serve(self) -> str:
         """Listens on a free port of the loopback interface; returns the address."""
         self._server = grpc.aio.server()
-        handler = grpc.stream_stream_rpc_method_handler(self._attend)
-        service, method = METHOD.strip("/").split("/")
-        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, {method: handler})])
+        behaviours = {
+            ATTEND: grpc.stream_stream_rpc_method_handler(self._attend),
+            DOWNLOAD: grpc.unary_stream_rpc_method_handler(self._download),
+            UPLOAD: grpc.stream_unary_rpc_method_handler(self._upload),
+            EXCHANGE: grpc.stream_stream_rpc_method_handler(self._exchange),
+        }
+        methods = {path.rpartition("/")[2]: handler for path, handler in behaviours.items()}
+        service = ATTEND.strip("/").partition("/")[0]
+        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, methods)])
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
         return f"127.0.0.1:{port}"
 
     async def _attend(self, _: Any, stream: Any) -> None:
-        self._streams.append(stream)
-        if len(self._streams) == self.clients:
+        await self._stay(self._attending, stream)
+
+    async def _exchange(self, _: Any, stream: Any) -> None:
+        await self._stay(self._kept, stream)
+
+    async def _stay(self, streams: list[Any], stream: Any) -> None:
+        streams.append(stream)
+        if len(streams) == self.clients:
             self._complete.set()
         await self._over.wait()
+
+    async def _download(self, _: bytes, stream: Any) -> None:
+        for chunk in self._chunks:
+            await stream.write(chunk)
+
+    async def _upload(self, chunks: Any, _: Any) -> bytes:
+        blocks = iter(self._blocks)
+        async for chunk in chunks:
+            block = next(blocks)
+            block += np.frombuffer(chunk, "<f4")
+        self._answered.release()
+        return b""
 
     async def rounds(self, count: int) -> list[float]:
         """The wall-clock seconds of each of `count` rounds, once all clients are there."""
@@ -61,10 +87,15 @@ class Coordinator:
     async def _round(self) -> float:
         began = time.perf_counter()
         payload, step = self.model.view(np.uint8).data, CHUNK_BYTES // 4
-        chunks = [bytes(payload[start : start + CHUNK_BYTES]) for start in range(0, len(payload), CHUNK_BYTES)]
+        self._chunks = [bytes(payload[start : start + CHUNK_BYTES]) for start in range(0, len(payload), CHUNK_BYTES)]
         self.total.fill(0)
-        blocks = [self.total[start : start + step] for start in range(0, len(self.total), step)]
-        await asyncio.gather(*(_exchange(stream, chunks, blocks) for stream in self._streams))
+        self._blocks = [self.total[start : start + step] for start in range(0, len(self.total), step)]
+        if self._kept:
+            await asyncio.gather(*(_exchanged(stream, self._chunks, self._blocks) for stream in self._kept))
+        else:
+            await asyncio.gather(*(stream.write(b"") for stream in self._attending))
+            for _ in self._attending:
+                await self._answered.acquire()
         return time.perf_counter() - began
 
     def _check(self) -> None:
@@ -79,7 +110,7 @@ class Coordinator:
         await self._server.stop(5)
 
 
-async def _exchange(stream: Any, chunks: list[bytes], blocks: list[np.ndarray]) -> None:
+async def _exchanged(stream: Any, chunks: list[bytes], blocks: list[np.ndarray]) -> None:
     for chunk in chunks:
         await stream.write(chunk)
     for block in blocks:
@@ -97,12 +128,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=int, required=True)
     parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--kept", action="store_true", help="one stream for each client, never closed")
     arguments = parser.parse_args()
     process["tune_malloc"]()
     with asyncio.Runner(loop_factory=process["fast_loop"]()) as runner:
         coordinator = Coordinator(arguments.bytes, arguments.clients)
         address = runner.run(coordinator.serve())
-        command = [sys.executable, "-m", "bench.bare.client", address, str(arguments.bytes)]
+        kept = ["--kept"] if arguments.kept else []
+        command = [sys.executable, "-m", "bench.bare.client", address, str(arguments.bytes), *kept]
         clients = [subprocess.Popen(command) for _ in range(arguments.clients)]
         pids = [os.getpid(), *(client.pid for client in clients)]
         runner.run(coordinator.rounds(1))

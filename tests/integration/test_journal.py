@@ -528,7 +528,8 @@ def spooled(desk: Desk, key: str, extras: dict[str, int]) -> Update:
     whole = fedkit.Weights(Manifest((Tensor("w", (values.size,)),)), values)
     spool = Spool(desk.spool / key, whole.manifest.digest, len(raw), bytes.fromhex(whole.digest))
     spool.feed(memoryview(raw))
-    return Update(Spooled(MANIFEST, spool.finish()), 5, 0.25, SpooledExtras(desk.spool / key, MANIFEST.size, extras))
+    payload = spool.finish()
+    return Update(Spooled(MANIFEST, payload), 5, 0.25, SpooledExtras(payload, MANIFEST.size, extras))
 
 
 def with_answer(desk: Desk, extras: dict[str, int]) -> Update:

@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
-from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, SESSION_KEY, Calls, frame, unframe
+from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, SESSION_KEY, Calls, Laden, frame, load, unframe
 from fedkit.rng import generator
 from fedkit.spool import payload_digest
 
@@ -59,6 +59,7 @@ class Talk:
         self.welcome = pb.Welcome()
         self.accepted: set[str] = set()
         self.dropped: set[str] = set()
+        self.payloads: dict[str, bytes] = {}  # that came along with assignments
 
     async def begin(self) -> pb.ToAgent:
         """Says hello; the coordinator's answer."""
@@ -69,7 +70,7 @@ class Talk:
 
     async def say(self, **message: Any) -> None:
         """Sends one message over the stream of attendance."""
-        await self.stream.write(pb.FromAgent(**message))
+        await self.stream.write(Laden(pb.FromAgent(**message)))
 
     async def hear(self) -> pb.ToAgent:
         """The next message but heartbeats; an empty one at the end of the stream."""
@@ -78,6 +79,8 @@ class Talk:
                 message = await self.stream.read()
             if message is EOF:
                 return pb.ToAgent()
+            message, payload = message
+            self.payloads[message.assignment.id] = bytes(payload)
             for news in (message.settlement, message.assignment.settlement, message.welcome.settlement):
                 self.accepted.update(news.accepted)
                 self.dropped.update(news.dropped)
@@ -123,6 +126,10 @@ class Talk:
         call.cancel()
         return piece.header, data
 
+    async def post(self, hand: Hand) -> None:
+        """Sends a result whole, over the stream of attendance."""
+        await self.stream.write(Laden(pb.FromAgent(update=hand.announcement), load(hand.payload)))
+
     async def hand_in(self, messages: Iterable[bytes], *, stop: bool = True) -> list[pb.UploadReply]:
         """Sends these messages over one upload call, and gives all replies to its end; raises `grpc.RpcError`."""
         call = self.calls.upload(metadata=self.metadata)
@@ -140,8 +147,10 @@ class Talk:
 def _raw_attend(channel: grpc.aio.Channel) -> Any:
     return channel.stream_stream(
         f"/{SERVICE.full_name}/Attend",
-        request_serializer=lambda message: message if isinstance(message, bytes) else message.SerializeToString(),
-        response_deserializer=pb.ToAgent.FromString,
+        request_serializer=lambda message: (
+            message if isinstance(message, bytes) else message.message.SerializeToString()
+        ),
+        response_deserializer=lambda raw: Laden(pb.ToAgent.FromString(raw)),
     )
 
 

@@ -31,8 +31,8 @@ def faults() -> ModuleType:
 @pytest.mark.parametrize(
     "strategy",
     [
-        FedAvg(rounds=60, local=fedkit.Fit(steps=60, batch_size=4, lr=0.003)),
-        CyclicWeightTransfer(rounds=40, local=fedkit.Fit(steps=40, batch_size=4, lr=0.001)),
+        FedAvg(rounds=120, local=fedkit.Fit(steps=60, batch_size=4, lr=0.003)),
+        CyclicWeightTransfer(rounds=80, local=fedkit.Fit(steps=40, batch_size=4, lr=0.001)),
     ],
     ids=lambda strategy: type(strategy).__name__,
 )

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import PayloadError, Reason, Refused
-from fedkit.spool import Spares, Spool, Spooled, SpooledExtras, Values, payload_digest, reopen
+from fedkit.spool import Payload, Spares, Spool, Spooled, SpooledExtras, Values, payload_digest, reopen
 from fedkit.weights import Entry, Manifest, Vector, Weights
 
 MANIFEST = Manifest((Entry("w", (7, 5)), Entry("b", (5,))))
@@ -44,7 +44,7 @@ def feed(into: Spool, payload: bytes, sizes: list[int]) -> None:
 
 def rest(into: Spool, payload: bytes) -> Path:
     feed(into, payload, [SIZE])
-    return into.finish()
+    return into.finish().path
 
 
 def names(folder: Path) -> list[str]:
@@ -115,7 +115,7 @@ def test_what_is_left_of_a_value_that_was_cut_in_two_is_asked_for_again(tmp_path
 def test_what_is_left_of_a_longer_payload_is_cut_to_the_announced_length(tmp_path_factory, vector, more):
     folder, payload = tmp_path_factory.mktemp("longer"), vector.tobytes()
     (folder / "it.part").write_bytes(payload + b"\x00" * more)
-    assert spool(folder, payload).finish().read_bytes() == payload
+    assert spool(folder, payload).finish().path.read_bytes() == payload
 
 
 def test_bytes_that_could_not_be_written_do_not_count(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_piece_that_lies_askew_in_memory_counts_as_well(tmp_path: Path) -> Non
     payload = np.arange(SIZE, dtype="<f4").tobytes()
     into = spool(tmp_path, payload)
     into.feed(memoryview(b"\x00" + payload)[1:])
-    assert into.finish().read_bytes() == payload
+    assert into.finish().path.read_bytes() == payload
 
 
 # -- spares ------------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_a_block_of_spooled_weights_is_that_part_of_their_vector(tmp_path_factor
     vector.tofile(path)
     start = data.draw(st.integers(0, MANIFEST.size - 1))
     out = np.empty(data.draw(st.integers(1, MANIFEST.size - start)), dtype=np.float32)
-    weights = Spooled(MANIFEST, path)
+    weights = Spooled(MANIFEST, Payload(path))
     assert weights.block(start, out) is out
     assert out.tobytes() == vector[start : start + len(out)].tobytes()
     assert "vector" not in vars(weights)
@@ -294,14 +294,14 @@ def test_a_block_of_spooled_weights_is_that_part_of_their_vector(tmp_path_factor
 def test_spooled_weights_have_the_norm_of_those_in_memory(tmp_path_factory, vector):
     path = tmp_path_factory.mktemp("norm") / "it"
     vector.tofile(path)
-    assert Spooled(MANIFEST, path).norm() == Weights(MANIFEST, vector[: MANIFEST.size]).norm()
+    assert Spooled(MANIFEST, Payload(path)).norm() == Weights(MANIFEST, vector[: MANIFEST.size]).norm()
 
 
 def test_an_open_file_is_read_even_where_its_name_is_gone_and_closed_at_the_end(tmp_path: Path) -> None:
     vector = np.arange(SIZE, dtype="<f4")
     vector.tofile(tmp_path / "it")
     before = len(os.listdir("/proc/self/fd"))
-    values = Values(tmp_path / "it", 2, 4)
+    values = Values(Payload(tmp_path / "it"), 2, 4)
     with values.opened() as one, values.opened() as other:
         (tmp_path / "it").unlink()
         assert one.all().tolist() == other.all().tolist() == [2, 3, 4, 5]
@@ -313,7 +313,7 @@ def test_an_open_file_is_read_even_where_its_name_is_gone_and_closed_at_the_end(
 def test_a_file_that_ends_too_early_is_an_error_and_not_zeros(tmp_path: Path) -> None:
     (tmp_path / "it").write_bytes(bytes(4 * MANIFEST.size - 4))
     with pytest.raises(PayloadError, match="ends before its last value"):
-        Spooled(MANIFEST, tmp_path / "it").vector.sum()
+        Spooled(MANIFEST, Payload(tmp_path / "it")).vector.sum()
 
 
 @pytest.mark.parametrize("length", [None, 0, 4 * SIZE - 4, 4 * SIZE + 4])
@@ -324,7 +324,7 @@ def test_a_file_that_is_gone_or_of_another_length_is_not_opened_again(tmp_path: 
 
 
 def test_the_lengths_of_spooled_extras_are_known_without_their_file(tmp_path: Path) -> None:
-    extras = SpooledExtras(tmp_path / "nobody", MANIFEST.size, EXTRAS)
+    extras = SpooledExtras(Payload(tmp_path / "nobody"), MANIFEST.size, EXTRAS)
     assert (list(extras), len(extras), extras.sizes) == (["control", "tau"], 2, EXTRAS)
     with pytest.raises(FileNotFoundError):
         extras["tau"]
@@ -340,7 +340,7 @@ def test_payloads_of_many_chunks_are_the_same_file(tmp_path_factory, odd):
     into = Spool(folder / "it", MANIFEST.digest, len(payload), due, finite=True)
     for start in range(0, len(payload), CHUNK_BYTES):
         into.feed(payload[start : start + CHUNK_BYTES])
-    assert into.finish().read_bytes() == payload
+    assert into.finish().path.read_bytes() == payload
 
 
 def test_the_digest_of_a_payload_without_extras_is_the_weights_own() -> None:

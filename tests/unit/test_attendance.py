@@ -15,7 +15,7 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.server.attendance import Attendance, Away, Session
 from fedkit.server.errands import Errand, Published
-from fedkit.spool import Spares
+from fedkit.spool import Room, Spares
 from fedkit.weights import Entry, Manifest, Weights
 from fedkit.work import Fit, MetricSums
 
@@ -40,7 +40,7 @@ def session(name: str = "ada", *tasks: str) -> Session:
 
 def errand(folder: Path, key: str = "0" * 32) -> Errand:
     assignment = Assignment(key, "run", 0, 1, "ada", Fit(), "update")
-    return Errand(assignment, pb.Assignment(id=key), Published(PARCEL), folder, Spares(folder, 1))
+    return Errand(assignment, pb.Assignment(id=key), Published(PARCEL), folder, Spares(folder, 1), Room(0))
 
 
 async def turns(task: asyncio.Task) -> None:
@@ -53,7 +53,7 @@ async def turns(task: asyncio.Task) -> None:
 def queued(session: Session) -> list[str | None]:
     """The kinds of messages waiting for the agent; None is the end of its stream."""
     found = [session.outgoing.get_nowait() for _ in range(session.outgoing.qsize())]
-    return [None if message is None else message.WhichOneof("what") for message in found]
+    return [None if message is None else message.message.WhichOneof("what") for message in found]
 
 
 # -- coming and going --------------------------------------------------------------------------------------------------
@@ -337,20 +337,20 @@ async def test_news_of_results_travels_with_the_assignment_that_comes_at_once(tm
     one.tell(settlement(2))
     asking = asyncio.create_task(one.ask(asked))
     await turns(asking)
-    message = await one.outgoing.get()
+    message, _ = await one.outgoing.get()
     assert list(message.assignment.settlement.accepted) == [f"{1:032x}", f"{2:032x}"]
     assert not asked.message.HasField("settlement")  # which may be sent again, over another session
     asking.cancel()
-    assert (await one.outgoing.get()).WhichOneof("what") == "cancel"
+    assert (await one.outgoing.get()).message.WhichOneof("what") == "cancel"
 
 
 @in_a_loop
 async def test_news_of_results_is_told_alone_where_no_assignment_comes() -> None:
     one = session()
     one.tell(settlement(1))
-    assert (await one.outgoing.get()).settlement == settlement(1)
+    assert (await one.outgoing.get()).message.settlement == settlement(1)
     one.tell(settlement(2))
-    assert (await one.outgoing.get()).settlement == settlement(2)
+    assert (await one.outgoing.get()).message.settlement == settlement(2)
 
 
 @in_a_loop
