@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import mmap
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +50,7 @@ class Line:
         self._upload: Any = None
         self._downloading = asyncio.Lock()
         self._uploading = asyncio.Lock()
+        self._silence: asyncio.Timeout | None = None  # that ends the session, unless something is heard before
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.send(pb.FromAgent(hello=hello))
         self._stream = self._calls.attend(self._outgoing())
@@ -77,11 +78,17 @@ class Line:
     async def messages(self) -> AsyncIterator[Laden]:
         """What the coordinator says, to the end. Raises `TimeoutError` where it is silent for two heartbeats."""
         while True:
-            async with asyncio.timeout(2 * self.heartbeat_s):
+            async with asyncio.timeout(2 * self.heartbeat_s) as self._silence:
                 message = await self._stream.read()
+            self._silence = None
             if message is _EOF:
                 return
             yield message
+
+    def _heard(self) -> None:
+        """A piece of a model is a sign of life too: on a slow line, heartbeats queue up behind it."""
+        if self._silence is not None:
+            self._silence.reschedule(asyncio.get_running_loop().time() + 2 * self.heartbeat_s)
 
     async def _outgoing(self) -> AsyncIterator[Laden]:
         while True:
@@ -145,7 +152,7 @@ class Line:
                 if request.header:
                     inbox.learn(message, _header(await call.read()))
                 spool = inbox.begin(message)
-                await _fill(spool, request.offset, call, patience)
+                await _fill(spool, request.offset, call, patience, self._heard)
             is_at_rest = True
             return inbox.finish(message, spool)
         except Gone:
@@ -190,7 +197,7 @@ def _header(raw: Any) -> tensors_pb2.Header:
     return piece.header
 
 
-async def _fill(spool: Spool, offset: int, call: Any, patience: asyncio.Timeout) -> None:
+async def _fill(spool: Spool, offset: int, call: Any, patience: asyncio.Timeout, heard: Callable[[], None]) -> None:
     """Feeds the spool to its end; raises `PayloadError` for what does not belong there, `LineLost`, `Gone`."""
     try:
         if spool.have != offset:
@@ -203,6 +210,7 @@ async def _fill(spool: Spool, offset: int, call: Any, patience: asyncio.Timeout)
                 raise PayloadError("a piece is not data")
             spool.feed(chunk)
             _extend(patience)
+            heard()
     except PayloadError:
         spool.discard()
         raise
@@ -216,11 +224,11 @@ async def _hand_in(call: Any, announcement: pb.Announcement, path: Path, patienc
     with contextlib.suppress(asyncio.InvalidStateError):  # the coordinator has said its last word before
         await call.write(pb.UploadPiece(announcement=announcement).SerializeToString())
         if announcement.at_once:
-            await _stream_file(call, path, 0, patience)
+            await _stream_file(call, path, 0, CHUNK_BYTES, patience)
         else:
             reply = await call.read()
             if reply is not _EOF and reply.WhichOneof("what") == "have":
-                await _stream_file(call, path, reply.have, patience)
+                await _stream_file(call, path, reply.have, RESUMED_BYTES, patience)
                 reply = None
     reply = await call.read() if reply is None else reply
     if reply is _EOF:
@@ -233,14 +241,13 @@ def _extend(patience: asyncio.Timeout) -> None:
     patience.reschedule(asyncio.get_running_loop().time() + _STALL_S)
 
 
-async def _stream_file(call: Any, path: Path, offset: int, patience: asyncio.Timeout) -> None:
+async def _stream_file(call: Any, path: Path, offset: int, step: int, patience: asyncio.Timeout) -> None:
     with open(path, "rb") as file:
         size = path.stat().st_size
         if not offset <= size or offset % 4:
             raise PayloadError(f"the coordinator claims to have {offset} of {size} bytes")
         if size:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-                step = RESUMED_BYTES if offset else CHUNK_BYTES
                 for start in range(offset, size, step):
                     with view[start : start + step] as chunk:
                         raw = frame(chunk)

@@ -124,19 +124,20 @@ class Payload:
         if self._release is not None:
             self._release()
 
-    def read(self, at: int, view: memoryview, file: int) -> None:
-        """Fills `view` with the bytes from `at` on; `file` is the open file, where there is one."""
+    def read(self, at: int, view: memoryview, source: int | list[memoryview]) -> None:
+        """Fills `view` with the bytes from `at` on of the open file or the pieces, which another thread may save."""
         while len(view):
-            count = os.preadv(file, [view], at) if self.pieces is None else self._copy(self.pieces, at, view)
+            count = os.preadv(source, [view], at) if isinstance(source, int) else _copy(source, at, view)
             if count == 0:
                 raise PayloadError(f"{self.path.name} ends before its last value")
             view, at = view[count:], at + count
 
-    def _copy(self, pieces: list[memoryview], at: int, view: memoryview) -> int:
-        i, start = divmod(at, CHUNK_BYTES)
-        part = pieces[i][start : start + len(view)] if i < len(pieces) else b""
-        view[: len(part)] = part
-        return len(part)
+
+def _copy(pieces: list[memoryview], at: int, view: memoryview) -> int:
+    i, start = divmod(at, CHUNK_BYTES)
+    part = pieces[i][start : start + len(view)] if i < len(pieces) else b""
+    view[: len(part)] = part
+    return len(part)
 
 
 def _private(path: str, flags: int) -> int:
@@ -223,11 +224,16 @@ class Stash(_Intake):
             return
         room = CHUNK_BYTES - len(self._tail)
         self._tail += chunk[:room]
-        if len(self._tail) == CHUNK_BYTES or self.have + len(chunk) == self.payload_bytes:
+        if len(self._tail) == CHUNK_BYTES:
+            self._keep_tail()
+            self._tail += chunk[room:]
+        if self.have + len(chunk) == self.payload_bytes:
+            self._keep_tail()
+
+    def _keep_tail(self) -> None:
+        if self._tail:
             self._keep(memoryview(self._tail))
-            self._tail = bytearray(chunk[room:])
-            if self._tail and self.have + len(chunk) == self.payload_bytes:
-                self._keep(memoryview(self._tail))
+            self._tail = bytearray()
 
     def _keep(self, piece: memoryview) -> None:
         assert self._payload.pieces is not None  # nobody has saved it before it is whole
@@ -241,11 +247,10 @@ class Stash(_Intake):
         """Stops taking chunks. What is there goes into the file from which a `Spool` goes on."""
         if not self._is_open:
             return
-        if self._tail:
-            self._keep(memoryview(self._tail))
+        self._is_open = False
+        self._keep_tail()
         self._payload.path = _part(self._payload.path)
         self._payload.save()
-        self._is_open = False
 
     def discard(self) -> None:
         """Stops taking chunks and forgets what is there."""
@@ -367,13 +372,12 @@ class Values:
 
     def read(self, start: int, out: Vector) -> None:
         """Fills `out` with the values from the one at `start` on."""
-        if self._file is None and self._payload.pieces is None:
+        source = self._payload.pieces if self._file is None else self._file
+        if source is None:
             with self.opened() as values:
                 values.read(start, out)
             return
-        self._payload.read(
-            _ITEM * (self._start + start), out.view(np.uint8).data, -1 if self._file is None else self._file
-        )
+        self._payload.read(_ITEM * (self._start + start), out.view(np.uint8).data, source)
 
     def all(self) -> Vector:
         """All values as an array."""

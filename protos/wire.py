@@ -31,18 +31,22 @@ PROTOCOL = 1
 RESUMED_BYTES = 1 << 18  # of a piece where a line has broken before: what the next break costs
 SESSION_KEY = "fedkit-session-bin"
 
+# Large models cost less processor time than in frames of 16 KiB; still larger ones would hold heartbeats up.
+_FRAME = ("grpc.http2.max_frame_size", 1 << 18)
 SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # the name that grpc 1.85 heeds on servers too
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.bdp_probe", 0),  # else each stream's window grows to 20 MB, of the coordinator's memory
     ("grpc.http2.lookahead_bytes", 2 << 20),
+    _FRAME,
     ("grpc.so_reuseport", 0),  # a second coordinator on the same port is an error, not a lottery
 ]
 CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
+    _FRAME,
     ("grpc.enable_retries", 0),  # reconnecting and resuming are ours
 ]
 
@@ -50,7 +54,8 @@ _FRAMED = frozenset({"fedkit.v1.Piece", "fedkit.v1.UploadPiece"})
 _DATA = 0x12  # field 2 of both, length-delimited
 _LADEN = frozenset({"fedkit.v1.ToAgent", "fedkit.v1.FromAgent"})
 _PAYLOAD = 0x7A  # field 15 of both, length-delimited
-_LENGTH_DELIMITED = 2
+_SMALL = 1 << 16  # bytes of a message beside its payload
+_KIND, _LENGTH_DELIMITED = 0x87, 2  # of a tag: the wire type, and whether it goes on in another byte
 
 
 class Laden(NamedTuple):
@@ -103,12 +108,14 @@ def _extent(raw: bytes, at: int) -> tuple[int, int]:
 def _unload(raw: bytes) -> tuple[bytes, memoryview | bytes]:
     """A serialised message without its `payload`, and that payload without a copy; empty where there is none."""
     at = 0
-    while at < len(raw) and raw[at] & 7 == _LENGTH_DELIMITED:
+    while at < len(raw) and raw[at] & _KIND == _LENGTH_DELIMITED:
         start, end = _extent(raw, at + 1)
         if not start or end > len(raw):
             break
         if raw[at] == _PAYLOAD:
-            return raw[:at] + raw[end:], memoryview(raw)[start:end]
+            small, payload = raw[:at] + raw[end:], memoryview(raw)[start:end]
+            # A kept payload keeps its message: one that is padded with something else must not take uncounted memory.
+            return small, payload if len(small) <= _SMALL else memoryview(bytes(payload))
         at = end
     return raw, b""
 

@@ -17,7 +17,7 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
 from fedkit.protos.wire import PROTOCOL, SESSION_KEY, Laden, unframe
 from fedkit.server.attendance import Attendance, Session
-from fedkit.server.errands import Errand, Published, require_examples
+from fedkit.server.errands import Errand, require_examples
 from fedkit.server.metrics import Metrics
 from fedkit.spool import Spool, Stash
 
@@ -226,17 +226,16 @@ class AgentService:
             if errand is None:
                 await context.write(_GONE)
             else:
-                await self._send_model(errand.published, request, session, context)
+                await self._send_model(errand, request, session, context)
 
-    async def _send_model(
-        self, published: Published, request: pb.DownloadRequest, session: Session, context: Any
-    ) -> None:
+    async def _send_model(self, errand: Errand, request: pb.DownloadRequest, session: Session, context: Any) -> None:
+        published, small = errand.published, request.offset > 0 or errand.sendings > 1
         if request.offset > published.payload_bytes or request.offset % 4:
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the payload has {published.payload_bytes} bytes")
         if request.header:
             await context.write(published.header)
         sent = self._metrics.bytes.labels(direction="down")
-        for piece in published.pieces(request.offset):
+        for piece in published.pieces(request.offset, small=small):
             await context.write(piece)
             sent.inc(len(piece))
             session.heard = time.monotonic()

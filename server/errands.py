@@ -45,10 +45,10 @@ class Published:
             return b""
         return load(b"".join(chunk for _, chunk in self._chunks))
 
-    def pieces(self, offset: int) -> Iterator[bytes]:
-        """Serialised pieces with the payload from byte `offset` on; small ones where a break is made good."""
+    def pieces(self, offset: int, *, small: bool) -> Iterator[bytes]:
+        """Serialised pieces with the payload from byte `offset` on; `small` ones for a line that has broken before."""
         for i, (start, chunk) in enumerate(self._chunks):
-            if offset == 0:
+            if offset == 0 and not small:
                 yield self._frame(i, chunk)
             elif start + len(chunk) > offset:
                 left = chunk[max(offset - start, 0) :]
@@ -105,6 +105,7 @@ class Errand:
         self.message = message
         self.published = published
         self.answer: asyncio.Future[Answer | Refused] = asyncio.get_running_loop().create_future()
+        self.sendings = 0  # each over another session
         self.done = 0
         self.total = 0
         self._path = folder / assignment.id

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib.util
 import json
 import math
@@ -39,7 +40,7 @@ from fedkit.rounds.journal import Commit, Entry, MemoryJournal, OpenRound, Round
 from fedkit.server.blobs import Blobs
 from fedkit.server.database import Database
 from fedkit.server.journal import SqliteJournal
-from fedkit.spool import Spool, Spooled, SpooledExtras
+from fedkit.spool import Room, Spares, Spool, Spooled, SpooledExtras, Stash
 from fedkit.strategy import Strategy
 from fedkit.testing import Crash, Fuse, InMemoryFederation
 from fedkit.weights import Entry as Tensor
@@ -597,6 +598,126 @@ def test_spool_files_go_with_their_round(desk: Desk, end: str) -> None:
         desk.journal.abandon(RoundRecord(1))
     assert os.listdir(desk.spool) == ["ef"]
     assert desk.database.rows("SELECT id FROM answers UNION SELECT fact FROM entries") == []
+
+
+# -- answers in memory -------------------------------------------------------------------------------------------------
+
+KEY = "ab" * 16
+ROOM = 1000
+
+
+def stashed(desk: Desk, key: str, room: Room, extras: dict[str, int]) -> Update:
+    """An update as it comes over the network while there is room: its values lie in memory."""
+    values = np.arange(MANIFEST.size + sum(extras.values()), dtype="<f4")
+    whole = fedkit.Weights(Manifest((Tensor("w", (values.size,)),)), values)
+    assert room.take(values.nbytes)
+    into = Stash(desk.spool / key, whole.manifest.digest, values.nbytes, bytes.fromhex(whole.digest), room)
+    into.feed(memoryview(values.tobytes()))
+    payload = into.finish()
+    return Update(Spooled(MANIFEST, payload), 5, 0.25, SpooledExtras(payload, MANIFEST.size, extras))
+
+
+def in_memory(desk: Desk, room: Room | None = None) -> Update:
+    """A desk with an open round and one answer, which no call has been noted with."""
+    go_on(desk.journal, model(0, 0, 0))
+    desk.journal.begin(1, 1, ("ann",))
+    update = stashed(desk, KEY, room or Room(ROOM), {"control": 2})
+    desk.journal.keep(KEY, update)
+    return update
+
+
+def note(desk: Desk, number: int) -> None:
+    desk.journal.note(Entry("call", f"k{number}", "l", (("ann", KEY),)))
+
+
+def bits(update: Update) -> object:
+    return answer_bits(dataclasses.replace(update, extra=dict(update.extra)))
+
+
+def test_an_answer_in_memory_is_written_with_the_second_fact_after_it(desk: Desk) -> None:
+    room = Room(ROOM)
+    update = in_memory(desk, room)
+    before = bits(update)
+    note(desk, 0)
+    assert os.listdir(desk.spool) == []
+    assert desk.database.rows("SELECT id FROM answers") == []
+    assert desk.journal.answer(KEY) is update
+    assert room.left == ROOM - 4 * (MANIFEST.size + 2)
+    note(desk, 1)
+    assert os.listdir(desk.spool) == [KEY]
+    assert desk.database.rows("SELECT id, file FROM answers") == [(KEY, KEY)]
+    assert room.left == ROOM
+    assert bits(update) == bits(desk.journal.answer(KEY)) == bits(desk.reopen().answer(KEY)) == before
+
+
+def test_an_answer_in_memory_that_is_lost_with_its_process_is_asked_again(desk: Desk) -> None:
+    in_memory(desk)
+    note(desk, 0)
+    assert desk.reopen().answer(KEY) is None
+    assert len(desk.journal.open().entries) == 1
+    desk.journal.keep(KEY, stashed(desk, KEY, Room(ROOM), {"control": 2}))
+    note(desk, 1)
+    note(desk, 2)
+    assert desk.reopen().answer(KEY) is not None
+
+
+def test_each_answer_in_memory_waits_for_a_fact_of_its_own(desk: Desk) -> None:
+    in_memory(desk)
+    note(desk, 0)
+    desk.journal.keep("cd" * 16, stashed(desk, "cd" * 16, Room(ROOM), {}))
+    desk.journal.keep("ef" * 16, MetricSums(np.ones(2), 2))
+    note(desk, 1)
+    assert {key for (key,) in desk.database.rows("SELECT id FROM answers")} == {KEY, "ef" * 16}
+    assert os.listdir(desk.spool) == [KEY]
+    note(desk, 2)
+    assert sorted(os.listdir(desk.spool)) == [KEY, "cd" * 16]
+
+
+@pytest.mark.parametrize("facts", [0, 1, 2])
+@pytest.mark.parametrize("end", ["commit", "abandon"])
+@pytest.mark.parametrize("spares", [False, True], ids=["removed", "spared"])
+def test_an_answer_in_memory_goes_with_its_round(desk: Desk, facts: int, end: str, spares: bool) -> None:
+    if spares:
+        desk.settings = {"remove": Spares(desk.spool, 2).give}
+        desk.open()
+    room = Room(ROOM)
+    in_memory(desk, room)
+    for number in range(facts):
+        note(desk, number)
+    if end == "commit":
+        desk.journal.commit(Commit(1, model(1, 1, 1), {}, RoundRecord(1)))
+    else:
+        desk.journal.abandon(RoundRecord(1))
+    assert os.listdir(desk.spool) == (["0.spare"] if spares and facts == 2 else [])
+    assert desk.database.rows("SELECT id FROM answers UNION SELECT fact FROM entries") == []
+    gc.collect()
+    assert room.left == ROOM
+
+
+def test_an_answer_in_memory_is_not_lost_where_the_disk_is_full(desk: Desk) -> None:
+    update = in_memory(desk)
+    note(desk, 0)
+    most, before = set_pages(desk, 0), bits(update)
+    with pytest.raises(StorageError, match="free space"):
+        desk.journal.note(Entry("call", "k1", "x" * 200_000))
+    assert bits(desk.journal.answer(KEY)) == before
+    set_pages(desk, most)
+    note(desk, 1)
+    note(desk, 2)
+    assert bits(desk.reopen().answer(KEY)) == before
+
+
+def test_an_answer_in_memory_whose_file_cannot_be_written_is_an_error_that_names_the_folder(desk: Desk) -> None:
+    before = bits(in_memory(desk))
+    note(desk, 0)
+    desk.spool.rename(desk.folder / "elsewhere")
+    with pytest.raises(StorageError, match=r"spool: No such file or directory; free space or mend the disk"):
+        note(desk, 1)
+    (desk.folder / "elsewhere").rename(desk.spool)
+    assert bits(desk.journal.answer(KEY)) == before
+    note(desk, 1)
+    note(desk, 2)
+    assert bits(desk.reopen().answer(KEY)) == before
 
 
 # -- the disk ----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ class Talk:
         self.welcome = pb.Welcome()
         self.accepted: set[str] = set()
         self.dropped: set[str] = set()
+        self.refused: dict[str, str] = {}  # why, by assignment, of what was posted
         self.payloads: dict[str, bytes] = {}  # that came along with assignments
 
     async def begin(self) -> pb.ToAgent:
@@ -81,6 +82,8 @@ class Talk:
                 return pb.ToAgent()
             message, payload = message
             self.payloads[message.assignment.id] = bytes(payload)
+            if message.HasField("refused"):
+                self.refused[message.refused.assignment_id] = message.refused.reason
             for news in (message.settlement, message.assignment.settlement, message.welcome.settlement):
                 self.accepted.update(news.accepted)
                 self.dropped.update(news.dropped)

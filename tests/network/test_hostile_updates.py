@@ -6,6 +6,7 @@ One coordinator serves all tests of this file: it has to stay up through everyth
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import threading
 import urllib.request
@@ -49,6 +50,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics = f"127.0.0.1:{free_port()}"
+        self._numbers = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -71,7 +73,8 @@ class Place:
         try:
             strategy = FedAvg(rounds=rounds, participation=PARTICIPATION.replace(**changes))
             with fedkit.connect(self.address) as coordinator:
-                return coordinator.run(tasks.plain, strategy, seed=7, min_clients=2, progress=False)
+                name = f"run-{next(self._numbers)}"  # names by chance would meet one day
+                return coordinator.run(tasks.plain, strategy, name=name, seed=7, min_clients=2, progress=False)
         finally:
             for agent in agents:
                 self.do(agent.stop())
@@ -267,6 +270,143 @@ def test_bytes_that_are_not_what_was_announced_cost_nothing_else(
     place: Place, alone: fedkit.Result, change: Callable[[Hand], Any], reason: Reason
 ) -> None:
     cost_nothing_else(place.run((MAL, handing(change))), alone, reason)
+
+
+def posting(change: Callable[[Hand], Any], heard: dict[str, Talk]) -> Answer:
+    """A client that changes its honest update and posts it; `heard` says over which talk."""
+
+    async def act(talk: Talk, asked: pb.Assignment) -> None:
+        hand = await update(talk, asked)
+        change(hand)
+        heard[asked.id] = talk
+        await talk.post(hand)
+
+    return trains(act)
+
+
+def signed(change: Callable[[Hand], Any]) -> Callable[[Hand], None]:
+    def apply(hand: Hand) -> None:
+        change(hand)
+        hand.sign()
+
+    return apply
+
+
+def carrying(make: Callable[[bytes], bytes]) -> Callable[[Hand], None]:
+    """Other bytes come along than were announced."""
+    return lambda hand: setattr(hand, "payload", make(hand.payload))
+
+
+POSTED = {
+    **{name: (signed(SIGNED[name][0]), SIGNED[name][1]) for name in ("NaN", "infinity", "another model", "no model")},
+    **{name: (signed(SIGNED[name][0]), SIGNED[name][1]) for name in ("seventeen extras", "2^63 examples")},
+    **{name: UNSIGNED[name] for name in ("other bytes than announced", "no digest", "more bytes than the model has")},
+    **{name: UNSIGNED[name] for name in ("fewer bytes than the model has", "huge extras")},
+    "no payload": (carrying(lambda payload: b""), Reason.PAYLOAD),
+    "a short payload": (carrying(lambda payload: payload[:-4]), Reason.PAYLOAD),
+    "a long payload": (carrying(lambda payload: payload + payload), Reason.PAYLOAD),
+    "half a value": (carrying(lambda payload: payload[:-2]), Reason.PAYLOAD),
+    "a payload above 1 MiB": (carrying(lambda payload: bytes(MIB + 4)), Reason.PAYLOAD),
+    "an announced payload above 1 MiB": (signed(carrying(lambda payload: bytes(MIB + 4))), Reason.SHAPE),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), POSTED.values(), ids=POSTED)
+def test_an_update_that_is_posted_and_makes_no_sense_is_refused_and_costs_nothing_else(
+    place: Place, alone: fedkit.Result, change: Callable[[Hand], Any], reason: Reason
+) -> None:
+    heard: dict[str, Talk] = {}
+    cost_nothing_else(place.run((MAL, posting(change, heard))), alone, reason)
+    assert len(heard) == 2
+    assert [talk.refused for talk in heard.values()] == [dict.fromkeys(heard, reason.value)] * 2
+
+
+@pytest.mark.parametrize(("change", "reason"), LATER.values(), ids=LATER)
+def test_an_update_that_is_posted_and_does_not_fit_the_others_costs_nothing_else(
+    place: Place, alone: fedkit.Result, change: Callable[[Hand], Any], reason: Reason
+) -> None:
+    heard: dict[str, Talk] = {}
+    cost_nothing_else(place.run((MAL, posting(signed(change), heard))), alone, reason)
+    assert [talk.refused for talk in heard.values()] == [{}] * 2  # it was taken, and refused by the round
+
+
+def test_an_update_that_is_posted_without_the_field_costs_nothing_else(place: Place, alone: fedkit.Result) -> None:
+    async def act(talk: Talk, asked: pb.Assignment) -> None:
+        await talk.say(update=(await update(talk, asked)).announcement)
+
+    cost_nothing_else(place.run((MAL, trains(act))), alone, Reason.PAYLOAD)
+
+
+def test_an_update_that_is_posted_counts_like_one_that_is_uploaded(place: Place, together: fedkit.Result) -> None:
+    talks, models, before = set(), [], place.counted("payload_bytes", direction="up")
+
+    async def act(talk: Talk, asked: pb.Assignment) -> None:
+        talks.add(talk)
+        models.append((talk.payloads[asked.id], (await talk.ask_model(asked.id))[1]))
+        await talk.post(await update(talk, asked))
+
+    result = place.run((MAL, honest_but(act)))
+    assert result.weights == together.weights
+    assert result.test == together.test
+    assert refusals(result) == []
+    assert [talk.refused for talk in talks] == [{}]
+    assert place.counted("payload_bytes", direction="up") == before + 2 * 3 * MODEL_BYTES
+    assert models[0][0]
+    assert all(along in (b"", asked) for along, asked in models)
+
+
+def test_an_update_that_is_posted_in_place_of_a_broken_upload_counts(place: Place, together: fedkit.Result) -> None:
+    async def act(talk: Talk, asked: pb.Assignment) -> None:
+        hand = await update(talk, asked)
+        hand.announcement.at_once = False
+        call, before = talk.calls.upload(metadata=talk.metadata), place.counted("payload_bytes", direction="up")
+        await call.write(hand.messages()[0])
+        await call.read()
+        await call.write(frame(bytes(40)))  # which are not the announced ones
+        while place.counted("payload_bytes", direction="up") < before + 40:
+            await asyncio.sleep(0.005)
+        hand.announcement.at_once = True
+        await talk.post(hand)
+
+    result = place.run((MAL, honest_but(act)))
+    assert result.weights == together.weights
+    assert refusals(result) == []
+
+
+@pytest.mark.parametrize(
+    "key", ["0" * 32, "", "../../etc/passwd", "x" * 100_000], ids=["unknown", "none", "path", "long"]
+)
+def test_an_update_nobody_asked_for_is_refused_as_unknown_where_it_is_posted(
+    place: Place, alone: fedkit.Result, key: str
+) -> None:
+    heard: dict[str, Talk] = {}
+
+    async def act(talk: Talk, asked: pb.Assignment) -> None:
+        await posting(announced(assignment_id=key), heard)(talk, asked)
+        await talk.say(leaving=pb.Leaving())
+
+    lost_once(place.run((MAL, trains(act))), alone)
+    (talk,) = heard.values()
+    assert talk.refused == {key: "unknown"}
+
+
+def test_an_update_that_is_posted_again_is_a_duplicate(place: Place, together: fedkit.Result) -> None:
+    again: list[Hand] = []
+
+    async def act(talk: Talk, asked: pb.Assignment) -> None:
+        again.append(await update(talk, asked))
+        if asked.round == 2:
+            await asyncio.wait_for(settled(talk, 1), PATIENCE_S)
+            await talk.post(again[0])
+            while not talk.refused:
+                await asyncio.sleep(0.005)
+            assert talk.refused == {again[0].announcement.assignment_id: "duplicate"}
+        await talk.post(again[-1])
+
+    result = place.run((MAL, honest_but(act)))
+    assert len(again) == 2
+    assert result.weights == together.weights
+    assert refusals(result) == []
 
 
 def test_sums_in_place_of_an_update_cost_nothing_else(place: Place, alone: fedkit.Result) -> None:

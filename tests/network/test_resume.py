@@ -94,6 +94,20 @@ def test_a_line_that_breaks_changes_no_bit(cut: Cut) -> None:
     assert cut.result.history[0].bytes_up == BYTES
 
 
+def test_a_slow_line_is_not_taken_for_a_dead_one(federation: Proxied) -> None:
+    line, before = federation.line, dict(federation.line.count)
+    line.delay_s = 0.02  # 25 MB take 8 s, and the buffers on the way hold more than two heartbeats
+    connected = events(federation, "connected")
+    result = run(federation, echo.mb25)
+    line.delay_s = 0.0
+    assert (
+        line.count["down"] - before["down"] < 1.1 * 2 * BYTES
+    )  # the model, and the new one, whose scores are asked for
+    assert line.count["up"] - before["up"] < 1.1 * BYTES
+    assert events(federation, "connected") == connected
+    assert result.weights == expected(echo.mb25)
+
+
 def test_a_line_that_falls_silent_is_noticed_on_both_sides_and_changes_no_bit(federation: Proxied) -> None:
     gate = Gate(federation.folder / "gate")
     gate.hold("ada")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedkit.codec import CHUNK_BYTES
-from fedkit.errors import PayloadError, Reason, Refused
-from fedkit.spool import Payload, Spares, Spool, Spooled, SpooledExtras, Values, payload_digest, reopen
+from fedkit.errors import PayloadError, Reason, Refused, StorageError
+from fedkit.spool import Payload, Room, Spares, Spool, Spooled, SpooledExtras, Stash, Values, payload_digest, reopen
 from fedkit.weights import Entry, Manifest, Vector, Weights
 
 MANIFEST = Manifest((Entry("w", (7, 5)), Entry("b", (5,))))
@@ -34,7 +37,7 @@ def spool(folder: Path, payload: bytes, spares: Spares | None = None, *, finite:
     return Spool(folder / "it", MANIFEST.digest, len(payload), digest(payload), finite=finite, spares=spares)
 
 
-def feed(into: Spool, payload: bytes, sizes: list[int]) -> None:
+def feed(into: Spool | Stash, payload: bytes, sizes: list[int]) -> None:
     """The next pieces of the payload, as many elements each as `sizes` says."""
     for size in sizes:
         piece = payload[into.have : into.have + 4 * size]
@@ -259,6 +262,231 @@ def test_what_was_left_of_a_payload_goes_before_a_spare_file(tmp_path: Path) -> 
     resumed = spool(tmp_path, payload, with_spares(tmp_path, 4 * SIZE))
     assert resumed.have == 40
     assert rest(resumed, payload).read_bytes() == payload
+
+
+# -- in memory ---------------------------------------------------------------------------------------------------------
+
+CHUNKS = st.integers(1, SIZE + 1)  # elements in the largest piece
+ROOM = 1 << 20
+
+
+def stash(folder: Path, payload: bytes, room: Room | None = None, *, finite: bool = True) -> Stash:
+    """Where `payload` may go in memory; its room is taken."""
+    room = Room(ROOM) if room is None else room
+    assert room.take(len(payload))
+    return Stash(folder / "it", MANIFEST.digest, len(payload), digest(payload), room, finite=finite)
+
+
+def whole(into: Spool | Stash, payload: bytes, size: int = SIZE) -> Payload:
+    """All that is missing, in pieces of that many elements."""
+    feed(into, payload, [size] * (SIZE // size + 1))
+    return into.finish()
+
+
+@contextmanager
+def chunks_of(elements: int) -> Iterator[None]:
+    """Pieces have at most so many elements."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedkit.spool.CHUNK_BYTES", 4 * elements)
+        yield
+
+
+@given(VECTORS, CHUNKS, st.data())
+def test_a_payload_in_memory_is_that_in_a_file_however_it_was_cut(tmp_path_factory, vector, most, data):
+    folder, payload = tmp_path_factory.mktemp("memory"), vector.tobytes()
+    sizes = data.draw(st.lists(st.integers(1, min(most, SIZE)), max_size=20))
+    with chunks_of(most):
+        into, beside = stash(folder, payload), spool(folder, payload)
+        for one in (into, beside):
+            feed(one, payload, sizes)
+        held, filed = (whole(one, payload, min(most, SIZE)) for one in (into, beside))
+        assert len(held.pieces) == -(-len(payload) // (4 * most))
+        assert all(piece.nbytes == 4 * most for piece in held.pieces[:-1])
+        start = data.draw(st.integers(0, SIZE - 1))
+        size = data.draw(st.integers(1, SIZE - start))
+        assert Values(held, start, size).all().tobytes() == Values(filed, start, size).all().tobytes()
+        assert Values(held, start, size).is_at_hand
+        assert Spooled(MANIFEST, held).norm() == Spooled(MANIFEST, filed).norm()
+        assert Spooled(MANIFEST, held) == Weights(MANIFEST, vector[: MANIFEST.size])
+
+
+@given(VECTORS, CHUNKS)
+def test_many_tiny_pieces_take_no_more_memory_than_large_ones(tmp_path_factory, vector, most):
+    payload = vector.tobytes()
+    with chunks_of(most):
+        held = whole(stash(tmp_path_factory.mktemp("tiny"), payload), payload, 1)
+    assert [piece.nbytes for piece in held.pieces] == [
+        min(4 * most, len(payload) - start) for start in range(0, len(payload), 4 * most)
+    ]
+    assert b"".join(held.pieces) == payload
+
+
+def test_a_whole_piece_is_kept_as_it_came(tmp_path: Path) -> None:
+    payload = bytes(2 * CHUNK_BYTES + 8)
+    into, view = stash(tmp_path, payload, Room(1 << 22)), memoryview(payload)
+    for start in range(0, len(payload), CHUNK_BYTES):
+        into.feed(view[start : start + CHUNK_BYTES])
+    assert all(piece.obj is payload for piece in into.finish().pieces)
+
+
+@given(VECTORS, CHUNKS, PIECES, st.booleans())
+def test_a_payload_in_memory_that_is_cut_off_goes_on_in_a_file(tmp_path_factory, vector, most, sizes, twice):
+    folder, payload, room = tmp_path_factory.mktemp("goes on"), vector.tobytes(), Room(ROOM)
+    with chunks_of(most):
+        part = stash(folder, payload, room)
+        feed(part, payload, [min(size, most) for size in sizes])
+        for _ in range(1 + twice):
+            part.close()
+        assert names(folder) == ["it.part"]
+        assert (folder / "it.part").read_bytes() == payload[: part.have]
+        assert (folder / "it.part").stat().st_mode & 0o077 == 0
+        assert room.left == ROOM
+        resumed = spool(folder, payload)
+        assert resumed.have == part.have
+        assert whole(resumed, payload, min(most, SIZE)).path.read_bytes() == payload
+    assert names(folder) == ["it"]
+
+
+@given(VECTORS, CHUNKS)
+def test_a_payload_that_is_saved_reads_the_same_from_its_file_and_gives_its_room_back(tmp_path_factory, vector, most):
+    folder, payload, room = tmp_path_factory.mktemp("saved"), vector.tobytes(), Room(ROOM)
+    with chunks_of(most):
+        held = whole(stash(folder, payload, room), payload, min(most, SIZE))
+        values, before = Values(held, 2, SIZE - 2), names(folder)
+        assert (before, room.left) == ([], ROOM - len(payload))
+        for _ in range(2):
+            held.save()
+            assert (names(folder), room.left, held.pieces) == (["it"], ROOM, None)
+        assert held.path.read_bytes() == payload
+        assert values.all().tobytes() == payload[8:]
+        assert not values.is_at_hand
+        assert reopen(held.path, MANIFEST, EXTRAS) is not None
+    del held, values
+    gc.collect()
+    assert room.left == ROOM  # and not more
+
+
+def test_a_payload_that_is_saved_while_it_is_read_reads_the_same(tmp_path: Path) -> None:
+    class Sudden(list):
+        def __getitem__(self, i):
+            held.save()
+            return super().__getitem__(i)
+
+    payload = np.arange(SIZE, dtype="<f4").tobytes()
+    with chunks_of(8):
+        held = whole(stash(tmp_path, payload), payload, 8)
+        held.pieces = Sudden(held.pieces)
+        with Values(held, 3, SIZE - 3).opened() as values:
+            assert values.all().tobytes() == payload[12:]
+            assert held.pieces is None
+            assert values.all().tobytes() == payload[12:]
+
+
+def test_a_payload_that_cannot_be_saved_stays_in_memory(tmp_path: Path) -> None:
+    payload, room = np.arange(SIZE, dtype="<f4").tobytes(), Room(ROOM)
+    held = whole(stash(tmp_path / "nobody", payload, room), payload)
+    with pytest.raises(StorageError, match="free space or mend the disk"):
+        held.save()
+    assert Values(held, 0, SIZE).all().tobytes() == payload
+    assert room.left == ROOM - len(payload)
+
+
+def test_a_payload_that_cannot_be_cut_off_into_a_file_is_ended_all_the_same(tmp_path: Path) -> None:
+    payload, room = bytes(4 * SIZE), Room(ROOM)
+    into = stash(tmp_path / "nobody", payload, room)
+    feed(into, payload, [3])
+    with pytest.raises(StorageError, match="free space or mend the disk"):
+        into.close()
+    into.close()
+    with pytest.raises(PayloadError, match="another connection"):
+        into.feed(memoryview(payload[into.have :]))
+    del into
+    gc.collect()
+    assert room.left == ROOM
+
+
+def test_a_payload_nobody_needs_gives_its_room_back(tmp_path: Path) -> None:
+    payload, room = bytes(4 * SIZE), Room(ROOM)
+    weights = Spooled(MANIFEST, whole(stash(tmp_path, payload, room), payload))
+    gc.collect()
+    assert room.left == ROOM - len(payload)
+    del weights
+    gc.collect()
+    assert (room.left, names(tmp_path)) == (ROOM, [])
+
+
+@pytest.mark.parametrize("elements", [0, 3, SIZE])
+def test_a_payload_in_memory_that_is_discarded_leaves_nothing(tmp_path: Path, elements: int) -> None:
+    payload, room = bytes(4 * SIZE), Room(ROOM)
+    into = stash(tmp_path, payload, room)
+    feed(into, payload, [elements])
+    for end in (into.discard, into.discard, into.close):
+        end()
+        gc.collect()
+        assert (room.left, names(tmp_path)) == (ROOM, [])
+    with pytest.raises(PayloadError, match="another connection"):
+        into.feed(memoryview(payload))
+
+
+def test_a_payload_in_memory_with_another_digest_is_thrown_away(tmp_path: Path) -> None:
+    payload, room = bytes(4 * SIZE), Room(ROOM)
+    into = stash(tmp_path, payload, room)
+    feed(into, b"\x01" + payload[1:], [SIZE])
+    with pytest.raises(PayloadError, match="digest"):
+        into.finish()
+    gc.collect()
+    assert (room.left, names(tmp_path)) == (ROOM, [])
+
+
+def test_what_ends_after_its_payload_was_taken_leaves_it_alone(tmp_path: Path) -> None:
+    payload, room = np.arange(SIZE, dtype="<f4").tobytes(), Room(ROOM)
+    into = stash(tmp_path, payload, room)
+    held = whole(into, payload)
+    into.close()
+    into.discard()
+    gc.collect()
+    assert Values(held, 0, SIZE).all().tobytes() == payload
+    assert (room.left, names(tmp_path)) == (ROOM - len(payload), [])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, SIZE // 2, SIZE - 1])
+def test_a_value_that_is_not_finite_is_refused_in_memory_too(tmp_path: Path, value: float, at: int) -> None:
+    vector = np.zeros(SIZE, dtype="<f4")
+    vector[at] = value
+    into = stash(tmp_path, vector.tobytes())
+    with pytest.raises(Refused) as refused:
+        whole(into, vector.tobytes())
+    assert (refused.value.reason, into.have) == (Reason.NOT_FINITE, 0)
+    held = whole(stash(tmp_path, vector.tobytes(), finite=False), vector.tobytes())
+    assert Values(held, 0, SIZE).all().tobytes() == vector.tobytes()
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 5, CHUNK_BYTES + 4])
+def test_a_piece_that_is_no_piece_is_refused_in_memory_too(tmp_path: Path, length: int) -> None:
+    payload = bytes(2 * CHUNK_BYTES)
+    into = stash(tmp_path, payload, Room(1 << 22))
+    with pytest.raises(PayloadError, match=f"got {length}"):
+        into.feed(memoryview(payload[:length]))
+    assert into.have == 0
+
+
+def test_more_or_less_than_was_announced_is_refused_in_memory_too(tmp_path: Path) -> None:
+    payload = bytes(4 * SIZE)
+    into = stash(tmp_path, payload)
+    feed(into, payload, [SIZE - 1])
+    with pytest.raises(PayloadError, match=f"more than the announced {4 * SIZE}"):
+        into.feed(memoryview(bytes(8)))
+    with pytest.raises(PayloadError, match=f"{4 * SIZE - 4} of {4 * SIZE} bytes arrived"):
+        into.finish()
+    assert whole(into, payload).path == tmp_path / "it"
+
+
+def test_there_is_room_until_it_is_taken() -> None:
+    room = Room(10)
+    assert [room.take(6), room.take(5), room.take(4), room.take(1), room.take(0)] == [True, False, True, False, True]
+    room.give(4)
+    assert room.left == 4
 
 
 # -- read again --------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from fedkit.protos.convert import (
     sums_from_proto,
     sums_to_proto,
 )
-from fedkit.protos.wire import Calls, frame, unframe
+from fedkit.protos.wire import Calls, Laden, _parser, _serializer, frame, load, unframe
 from fedkit.queries import Histogram, LabelCounts, Moments
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.server.database import Database
@@ -101,6 +101,114 @@ def test_a_frame_that_was_cut_is_not_data(chunk: bytes, cut: int) -> None:
 def test_an_announcement_is_not_data() -> None:
     assert unframe(pb.UploadPiece(announcement=pb.Announcement(examples=1)).SerializeToString()) is None
     assert unframe(tensors_pb2.Piece(header=tensors_pb2.Header(manifest="[]")).SerializeToString()) is None
+
+
+# -- payloads ----------------------------------------------------------------------------------------------------------
+
+LADEN = (pb.ToAgent, pb.FromAgent)
+SHORT = [127, 128, 129, 16_383, 16_384, 16_385, MIB - 1, MIB]
+lengths = st.integers(0, 4096) | st.sampled_from(SHORT)
+told = {
+    pb.ToAgent: st.one_of(
+        st.builds(pb.Welcome, session=st.binary(max_size=200), heartbeat_s=st.floats(0, 60)).map(
+            lambda one: pb.ToAgent(welcome=one)
+        ),
+        st.builds(pb.Assignment, id=st.text(max_size=200), manifest=st.text(max_size=300)).map(
+            lambda one: pb.ToAgent(assignment=one)
+        ),
+        st.just(pb.ToAgent(heartbeat=pb.Heartbeat())),
+        st.just(pb.ToAgent()),
+    ),
+    pb.FromAgent: st.one_of(
+        st.builds(pb.Announcement, assignment_id=st.text(max_size=200), loss=st.none() | st.floats(0, 9)).map(
+            lambda one: pb.FromAgent(update=one)
+        ),
+        st.builds(pb.Reals, values=st.lists(st.floats(0, 9), max_size=40)).map(
+            lambda one: pb.FromAgent(sums=pb.Sums(reals=one))
+        ),
+        st.just(pb.FromAgent(leaving=pb.Leaving())),
+        st.just(pb.FromAgent()),
+    ),
+}
+each_laden = pytest.mark.parametrize("kind", LADEN, ids=lambda kind: kind.__name__)
+
+
+def parsed(kind: type, raw: bytes) -> Laden:
+    """What a receiver gets."""
+    return _parser(kind.DESCRIPTOR)(raw)
+
+
+@each_laden
+@given(data=st.data(), length=lengths)
+def test_a_message_with_a_payload_made_by_hand_is_what_protobuf_reads(kind: type, data: st.DataObject, length: int):
+    message, payload = data.draw(told[kind]), NOISE[:length]
+    raw = _serializer(kind.DESCRIPTOR)(Laden(message, load(memoryview(payload))))
+    read = kind.FromString(raw)
+    assert read.payload == payload
+    assert parsed(kind, raw) == (message, payload)
+    read.ClearField("payload")
+    assert read == message
+
+
+@each_laden
+@given(data=st.data(), length=lengths)
+def test_a_payload_that_protobuf_wrote_is_taken_out_of_its_message(kind: type, data: st.DataObject, length: int):
+    message, payload = data.draw(told[kind]), NOISE[:length]
+    whole = kind(payload=payload)
+    whole.MergeFrom(message)
+    assert parsed(kind, whole.SerializeToString()) == (message, payload)
+
+
+@each_laden
+def test_a_message_without_a_payload_is_written_as_ever(kind: type) -> None:
+    message = kind(refusal=pb.Refusal(reason="late")) if kind is pb.FromAgent else kind(cancel=pb.Cancel())
+    raw = _serializer(kind.DESCRIPTOR)(Laden(message))
+    assert raw == message.SerializeToString()
+    assert parsed(kind, raw) == (message, b"")
+
+
+@pytest.mark.parametrize("length", [0, 4, 124, 128, 16_380, 16_384, MIB, (2 << 20) - 4])
+def test_the_values_of_a_payload_lie_on_whole_words_and_are_not_copied(length: int) -> None:
+    head = load(bytes(length))[:4]
+    assert head[0] == 0x7A
+    raw = head + bytes(length) + pb.FromAgent(update=pb.Announcement(examples=1)).SerializeToString()
+    message, payload = parsed(pb.FromAgent, raw)
+    assert (message.update.examples, payload.nbytes, payload.obj is raw) == (1, length, True)
+    assert np.frombuffer(payload, np.uint8).ctypes.data - np.frombuffer(raw, np.uint8).ctypes.data == 4
+
+
+fields = st.lists(
+    st.builds(
+        lambda tag, chunk, more: tag + bytes((len(chunk) | more, *([0] if more else []))) + chunk,
+        st.sampled_from([b"\x0a", b"\x1a", b"\x3a", b"\x7a", b"\xfa\x00", b"\x82\x01", b"\x02", b"\x08", b"\x7b"]),
+        st.binary(max_size=9) | st.just(b"\x7a\x01x"),
+        st.sampled_from([0, 0x80]),
+    ),
+    max_size=5,
+).map(b"".join)
+
+
+@each_laden
+@given(raw=st.binary() | fields | st.tuples(fields, st.binary(max_size=5)).map(b"".join))
+@example(b"\x7a")
+@example(b"\x7a\x80\x80\x80\x80\x80\x80\x00")
+@example(b"\x7a\xff\xff\xff\xff\x0f")
+@example(b"\x82\x01\x05\x7a\x03abc\x2a\x03\x12\x01x")  # field 16, in which something looks like a payload
+@example(b"\x7a\x01x\x7a\x01y")
+def test_no_bytes_give_a_payload_that_protobuf_would_not_and_nothing_else_raises(kind: type, raw: bytes) -> None:
+    try:
+        message, payload = parsed(kind, raw)
+    except DecodeError:
+        return
+    read = kind.FromString(raw)
+    assert payload in (b"", read.payload) or message.payload == read.payload  # the first of several
+    assert message.payload in (b"", read.payload)
+    read.ClearField("payload")
+    message.ClearField("payload")
+    assert message.SerializeToString(deterministic=True) == read.SerializeToString(deterministic=True)
+
+
+# -- calls -------------------------------------------------------------------------------------------------------------
 
 
 def test_every_method_of_a_service_can_be_called_by_its_name_in_snake_case() -> None:

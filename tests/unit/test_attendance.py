@@ -8,10 +8,13 @@ import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedkit.errors import Reason, Refused
 from fedkit.protos import agents_pb2 as pb
+from fedkit.protos.convert import assignment_to_proto
+from fedkit.protos.wire import load
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.server.attendance import Attendance, Away, Session
 from fedkit.server.errands import Errand, Published
@@ -373,3 +376,96 @@ async def test_clients_are_ready_or_working_away_or_left(tmp_path: Path) -> None
     attendance.depart(cyd)
     attendance.depart(dot)
     assert attendance.states() == ["ready", "working", "away", "left"]
+
+
+# -- models that come along --------------------------------------------------------------------------------------------
+
+MIB_VALUES = 1 << 18
+
+
+def parcel(value: float, name: str = "w", size: int = 2, **extra: np.ndarray) -> Parcel:
+    return Parcel(Weights(Manifest((Entry(name, (size,)),)), np.full(size, value, dtype=np.float32)), extra)
+
+
+def payload(of: Parcel) -> bytes:
+    return of.model.vector.tobytes() + b"".join(of.extra[name].tobytes() for name in sorted(of.extra))
+
+
+async def brought(folder: Path, one: Session, of: Parcel) -> tuple[bytes, str]:
+    """The payload and the manifest that the client is sent with an assignment of this model."""
+    assignment, published = Assignment(secrets.token_hex(16), "run", 0, 1, "ada", Fit(), "update"), Published(of)
+    terms = {"task": "heart", "strategy": "FedAvg", "holds_out_valid": True}
+    message = assignment_to_proto(assignment, of, published.digest, **terms)
+    asked = Errand(assignment, message, published, folder, Spares(folder, 1), Room(0))
+    asking = asyncio.create_task(one.ask(asked))
+    sent, along = await one.outgoing.get()
+    asked.settle(MetricSums([1.0], 1))
+    await asking
+    assert not message.manifest  # which may be sent again, over another session
+    assert sent.assignment.id == assignment.id
+    return bytes(along), sent.assignment.manifest
+
+
+@in_a_loop
+async def test_a_model_comes_along_where_it_is_new_and_its_manifest_once(tmp_path: Path) -> None:
+    one, models = session(), [parcel(value) for value in range(3)]
+    manifest = models[0].model.manifest.to_json()
+    found = [await brought(tmp_path, one, models[i]) for i in (0, 0, 1, 0, 1, 2, 2)]
+    assert found == [
+        (load(payload(models[0])), manifest),
+        (b"", ""),
+        (load(payload(models[1])), ""),
+        (b"", ""),
+        (b"", ""),
+        (load(payload(models[2])), ""),
+        (b"", ""),
+    ]
+
+
+@in_a_loop
+async def test_a_model_that_the_agent_may_have_given_up_comes_along_again(tmp_path: Path) -> None:
+    one, models = session(), [parcel(value) for value in range(3)]
+    found = [await brought(tmp_path, one, models[i]) for i in (0, 1, 2, 0)]
+    assert found[3] == (load(payload(models[0])), "")
+
+
+@in_a_loop
+async def test_extras_come_along_with_their_model(tmp_path: Path) -> None:
+    one, control = session(), np.ones(3, dtype=np.float32)
+    plain, extended = parcel(1.0), parcel(1.0, control=control, alpha=2 * control)
+    assert await brought(tmp_path, one, plain) == (load(payload(plain)), plain.model.manifest.to_json())
+    assert await brought(tmp_path, one, extended) == (load(payload(extended)), "")
+
+
+@in_a_loop
+async def test_each_manifest_comes_along(tmp_path: Path) -> None:
+    one, other = parcel(1.0), parcel(1.0, "v")
+    to = session()
+    assert [(await brought(tmp_path, to, of))[1] for of in (one, other, one)] == [
+        one.model.manifest.to_json(),
+        other.model.manifest.to_json(),
+        "",
+    ]
+
+
+@in_a_loop
+async def test_a_new_session_is_brought_everything_again(tmp_path: Path) -> None:
+    of = parcel(1.0)
+    assert await brought(tmp_path, session(), of) == await brought(tmp_path, session(), of) != (b"", "")
+
+
+@in_a_loop
+async def test_a_model_above_one_mib_never_comes_along(tmp_path: Path) -> None:
+    one, largest, larger = session(), parcel(1.0, size=MIB_VALUES), parcel(2.0, size=MIB_VALUES + 1)
+    of_two = parcel(3.0, size=MIB_VALUES, control=np.ones(1, dtype=np.float32))
+    for of in (larger, of_two, larger):
+        assert await brought(tmp_path, one, of) == (b"", "")
+    along, manifest = await brought(tmp_path, one, largest)
+    assert (along == load(payload(largest)), manifest) == (True, largest.model.manifest.to_json())
+    assert await brought(tmp_path, one, larger) == (b"", "")
+    assert await brought(tmp_path, one, largest) == (b"", "")  # for which the larger ones made no difference
+
+
+@in_a_loop
+async def test_a_model_without_values_does_not_come_along(tmp_path: Path) -> None:
+    assert await brought(tmp_path, session(), parcel(1.0, size=0)) == (b"", "")

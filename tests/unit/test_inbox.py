@@ -192,3 +192,99 @@ def test_only_the_owner_may_read_what_was_fetched(inbox: Inbox, tmp_path: Path) 
     path = fetch(inbox, parcel(1.0))
     assert path.stat().st_mode & 0o077 == 0
     assert (tmp_path / "inbox").stat().st_mode & 0o077 == 0
+
+
+# -- models that come along --------------------------------------------------------------------------------------------
+
+
+def along(of: Parcel, **changes: object) -> pb.Assignment:
+    """The assignment that brings this model's manifest too."""
+    return asked(of, **({"manifest": of.model.manifest.to_json()} | changes))
+
+
+def lying(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "inbox").iterdir())
+
+
+def test_a_model_that_comes_along_is_found_like_one_that_was_fetched(inbox: Inbox, tmp_path: Path) -> None:
+    one = parcel(1.0, control=np.ones(3, dtype=np.float32))
+    inbox.keep(along(one), memoryview(payload(one)))
+    path = tmp_path / "inbox" / asked(one).model_digest.hex()
+    assert inbox.find(asked(one)) == (path, MANIFEST)
+    assert path.read_bytes() == payload(one)
+    assert lying(tmp_path) == [path.name]
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_the_manifest_comes_along_once(inbox: Inbox) -> None:
+    inbox.keep(along(parcel(1.0)), memoryview(payload(parcel(1.0))))
+    inbox.keep(asked(parcel(2.0)), memoryview(payload(parcel(2.0))))
+    path, manifest = inbox.find(asked(parcel(2.0)))
+    assert (path.read_bytes(), manifest) == (payload(parcel(2.0)), MANIFEST)
+
+
+def test_a_model_without_any_manifest_is_left_to_be_fetched(inbox: Inbox, tmp_path: Path) -> None:
+    inbox.keep(asked(parcel(1.0)), memoryview(payload(parcel(1.0))))
+    assert inbox.find(asked(parcel(1.0))) is None
+    assert not inbox.knows(asked(parcel(1.0)))
+    assert lying(tmp_path) == []
+    assert fetch(inbox, parcel(1.0)).read_bytes() == payload(parcel(1.0))
+
+
+def test_models_that_come_along_go_like_those_that_were_fetched(inbox: Inbox) -> None:
+    for value in range(5):
+        inbox.keep(along(parcel(value)), memoryview(payload(parcel(value))))
+    kept = [inbox.find(asked(parcel(value))) is not None for value in range(5)]
+    assert kept == [False, False, False, True, True]
+
+
+def test_a_model_that_is_here_is_not_written_again(inbox: Inbox) -> None:
+    path = fetch(inbox, parcel(1.0))
+    before = path.stat()
+    inbox.keep(along(parcel(1.0)), memoryview(payload(parcel(1.0))))
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("left", [b"", b"\xff" * 8, b"\xff" * 16, b"\xff" * 100], ids=len)
+def test_a_model_that_comes_along_replaces_what_a_download_left(inbox: Inbox, tmp_path: Path, left: bytes) -> None:
+    one = parcel(1.0)
+    name = asked(one).model_digest.hex()
+    (tmp_path / "inbox" / f"{name}.part").write_bytes(left)
+    inbox.keep(along(one), memoryview(payload(one)))
+    assert lying(tmp_path) == [name]
+    assert inbox.find(asked(one))[0].read_bytes() == payload(one)
+
+
+OTHER = Manifest((Entry("v", (4,)),))
+MISFITS = {
+    "other values": (along(parcel(1.0)), payload(parcel(2.0))),
+    "fewer values": (along(parcel(1.0)), payload(parcel(1.0))[:-4]),
+    "more values": (along(parcel(1.0)), payload(parcel(1.0)) + bytes(4)),
+    "half a value": (along(parcel(1.0)), payload(parcel(1.0))[:-2]),
+    "nothing": (along(parcel(1.0)), b""),
+    "another length": (along(parcel(1.0), model_bytes=20), payload(parcel(1.0)) + bytes(4)),
+    "another digest": (along(parcel(1.0), model_digest=bytes(32)), payload(parcel(1.0))),
+    "a short digest": (along(parcel(1.0), model_digest=b"../x"), payload(parcel(1.0))),
+    "another manifest": (along(parcel(1.0), manifest=OTHER.to_json()), payload(parcel(1.0))),
+    "no manifest": (along(parcel(1.0), manifest="[[["), payload(parcel(1.0))),
+    "the digest of another": (
+        along(parcel(1.0), manifest=OTHER.to_json(), manifest_digest=bytes.fromhex(OTHER.digest)),
+        payload(parcel(1.0)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "values"), MISFITS.values(), ids=MISFITS)
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_a_model_that_does_not_belong_to_its_assignment_is_refused_and_leaves_nothing(
+    inbox: Inbox, tmp_path: Path, message: pb.Assignment, values: bytes, used: bool
+) -> None:
+    for value in (5.0, 6.0, 7.0) if used else ():  # whose first file would be written over
+        fetch(inbox, parcel(value))
+    before = [name for name in lying(tmp_path) if not name.endswith(".spare")]
+    with pytest.raises(PayloadError):
+        inbox.keep(message, memoryview(values))
+    assert [name for name in lying(tmp_path) if not name.endswith(".spare")] == before
+    assert inbox.find(message) is None
+    assert inbox.have(message) == 0
+    assert fetch(inbox, parcel(1.0)).read_bytes() == payload(parcel(1.0))
