@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -362,7 +361,6 @@ def test_a_payload_that_is_saved_reads_the_same_from_its_file_and_gives_its_room
         assert not values.is_at_hand
         assert reopen(held.path, MANIFEST, EXTRAS) is not None
     del held, values
-    gc.collect()
     assert room.left == ROOM  # and not more
 
 
@@ -401,17 +399,14 @@ def test_a_payload_that_cannot_be_cut_off_into_a_file_is_ended_all_the_same(tmp_
     with pytest.raises(PayloadError, match="another connection"):
         into.feed(memoryview(payload[into.have :]))
     del into
-    gc.collect()
     assert room.left == ROOM
 
 
 def test_a_payload_nobody_needs_gives_its_room_back(tmp_path: Path) -> None:
     payload, room = bytes(4 * SIZE), Room(ROOM)
     weights = Spooled(MANIFEST, whole(stash(tmp_path, payload, room), payload))
-    gc.collect()
     assert room.left == ROOM - len(payload)
     del weights
-    gc.collect()
     assert (room.left, names(tmp_path)) == (ROOM, [])
 
 
@@ -422,7 +417,6 @@ def test_a_payload_in_memory_that_is_discarded_leaves_nothing(tmp_path: Path, el
     feed(into, payload, [elements])
     for end in (into.discard, into.discard, into.close):
         end()
-        gc.collect()
         assert (room.left, names(tmp_path)) == (ROOM, [])
     with pytest.raises(PayloadError, match="another connection"):
         into.feed(memoryview(payload))
@@ -434,7 +428,6 @@ def test_a_payload_in_memory_with_another_digest_is_thrown_away(tmp_path: Path) 
     feed(into, b"\x01" + payload[1:], [SIZE])
     with pytest.raises(PayloadError, match="digest"):
         into.finish()
-    gc.collect()
     assert (room.left, names(tmp_path)) == (ROOM, [])
 
 
@@ -444,7 +437,6 @@ def test_what_ends_after_its_payload_was_taken_leaves_it_alone(tmp_path: Path) -
     held = whole(into, payload)
     into.close()
     into.discard()
-    gc.collect()
     assert Values(held, 0, SIZE).all().tobytes() == payload
     assert (room.left, names(tmp_path)) == (ROOM - len(payload), [])
 
