@@ -286,7 +286,9 @@ class Agent:
                 await self._pause(line)
 
     def _note_refused(self, refusal: pb.Refusal) -> None:
-        log.warning("result refused", assignment=refusal.assignment_id, reason=refusal.reason)
+        key = refusal.assignment_id
+        run = stored.run if (stored := self._outbox.find(key)) is not None else ""
+        log.warning("result refused", run=run, client=self._settings.name, assignment=key, reason=refusal.reason)
 
     def _say_refused(self, errand: _Errand, refused: Refused) -> None:
         errand.line.send(pb.FromAgent(refusal=convert.refusal_to_proto(errand.message.id, refused)))

@@ -25,7 +25,7 @@ __all__ = ["Fold", "KeepFold", "Mean", "MeanFold", "SumFold", "Total", "Weightin
 Weighting: TypeAlias = Literal["examples", "uniform"]
 _PIECE = 1 << 18  # elements that are read from one file at a time
 _BLOCK = 1 << 16  # elements that are added at a time, which stay in the cache of a processor's core
-_SMALL = 1 << 18  # elements of values in memory that are added as they come: no later pass would be cheaper
+_SMALL = 1 << 18  # elements of values in memory that are added as they come, while the coordinator waits anyway
 _MOST_OPEN = 256  # files that one fold keeps open
 _MAX_KINDS = 4  # different sets of extra vectors that are told apart in one mean
 

@@ -22,6 +22,7 @@ from fedkit.errors import PayloadError, Reason, Refused, StorageError
 from fedkit.weights import Manifest, Vector, Weights
 
 __all__ = [
+    "Intake",
     "Payload",
     "Room",
     "Spares",
@@ -144,7 +145,7 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
-class _Intake:
+class Intake:
     """One payload on its way. `have` is the number of bytes taken; the next chunk continues there."""
 
     def __init__(self, manifest_digest: str, payload_bytes: int, digest: bytes, *, finite: bool) -> None:
@@ -205,7 +206,7 @@ class _Intake:
         raise NotImplementedError
 
 
-class Stash(_Intake):
+class Stash(Intake):
     """One payload on its way into memory, whose room was taken before; `path` is where it goes if it must.
 
     Chunks are kept as they come: so none may be copied, and a sender of tiny ones gets no more memory than others.
@@ -258,7 +259,7 @@ class Stash(_Intake):
         self._payload = Payload(self._payload.path, [])
 
 
-class Spool(_Intake):
+class Spool(Intake):
     """One payload on its way into a file.
 
     What was left in `path` with the ending `.part` counts, once its bytes have been hashed again. With `finite`, NaN

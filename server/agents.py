@@ -17,9 +17,9 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
 from fedkit.protos.wire import PROTOCOL, SESSION_KEY, Laden, unframe
 from fedkit.server.attendance import Attendance, Session
-from fedkit.server.errands import Errand, require_examples
+from fedkit.server.errands import Errand, feed, require_examples
 from fedkit.server.metrics import Metrics
-from fedkit.spool import Spool, Stash
+from fedkit.spool import Intake
 
 __all__ = ["AgentService", "Register"]
 
@@ -174,21 +174,13 @@ class AgentService:
             session.end(pb.ToAgent(goodbye=bad))
 
     def _updated(self, session: Session, announced: pb.Announcement, payload: memoryview) -> None:
-        errand = session.errands.get(announced.assignment_id)
-        try:
-            if errand is None:
-                raise Refused(self._unasked(session, announced.assignment_id))
-            spool = errand.receive(announced, session.max_examples)
-            try:
-                if len(payload):
-                    spool.feed(payload)
-            except PayloadError as error:
-                raise Refused(Reason.PAYLOAD, str(error)) from None
-            errand.take(spool)
+        def answer(errand: Errand) -> Any:
+            return errand.take_whole(announced, payload, session.max_examples)
+
+        refused = self._settle(session, announced.assignment_id, answer)
+        if refused is None:
             self._metrics.bytes.labels(direction="up").inc(len(payload))
-        except Refused as refused:
-            if errand is not None:
-                errand.settle(refused)
+        else:
             session.send(pb.ToAgent(refused=convert.refusal_to_proto(announced.assignment_id, refused)))
 
     def _summed(self, session: Session, sums: pb.Sums) -> None:
@@ -198,15 +190,17 @@ class AgentService:
 
         self._settle(session, sums.assignment_id, answer)
 
-    def _settle(self, session: Session, key: str, outcome: Callable[[Errand], Any]) -> None:
+    def _settle(self, session: Session, key: str, outcome: Callable[[Errand], Any]) -> Refused | None:
+        """Ends the errand by what `outcome` makes of it; why not, where the answer is refused or nobody takes it."""
         errand = session.errands.get(key)
         if errand is None:
-            self._unasked(session, key)
-            return
+            return Refused(self._unasked(session, key))
         try:
             errand.settle(outcome(errand))
         except Refused as refused:
             errand.settle(refused)
+            return refused
+        return None
 
     def _unasked(self, session: Session, key: str) -> Reason:
         """Why nobody takes this answer; on record, because nothing waits for it."""
@@ -229,13 +223,13 @@ class AgentService:
                 await self._send_model(errand, request, session, context)
 
     async def _send_model(self, errand: Errand, request: pb.DownloadRequest, session: Session, context: Any) -> None:
-        published, small = errand.published, request.offset > 0 or errand.sendings > 1
+        published = errand.published
         if request.offset > published.payload_bytes or request.offset % 4:
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the payload has {published.payload_bytes} bytes")
         if request.header:
             await context.write(published.header)
         sent = self._metrics.bytes.labels(direction="down")
-        for piece in published.pieces(request.offset, small=small):
+        for piece in published.pieces(request.offset, small=errand.sendings > 1):
             await context.write(piece)
             sent.inc(len(piece))
             session.heard = time.monotonic()
@@ -273,13 +267,13 @@ class AgentService:
                 await context.write(pb.UploadReply(have=spool.have))
             if not await self._fill(spool, requests, session):
                 raise _Short(errand, f"{spool.have} of {spool.payload_bytes} bytes arrived")
-            errand.take(spool)
+            errand.settle(errand.take(spool))
         except Refused as refused:
             if spool is None or errand.expects(spool):
                 errand.settle(refused)
             raise
 
-    async def _fill(self, spool: Spool | Stash, requests: AsyncIterator[bytes], session: Session) -> bool:
+    async def _fill(self, spool: Intake, requests: AsyncIterator[bytes], session: Session) -> bool:
         """Takes pieces until the spool is complete; False where they end before. Raises `Refused` for strange ones."""
         received = self._metrics.bytes.labels(direction="up")
         while not spool.is_complete:
@@ -289,10 +283,7 @@ class AgentService:
             chunk = unframe(raw)
             if chunk is None:
                 raise Refused(Reason.PAYLOAD, "a piece is not data")
-            try:
-                spool.feed(chunk)
-            except PayloadError as error:
-                raise Refused(Reason.PAYLOAD, str(error)) from None
+            feed(spool, chunk)
             received.inc(len(chunk))
             session.heard = time.monotonic()
         return True

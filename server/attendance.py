@@ -69,20 +69,20 @@ class Session:
 
     def _assign(self, errand: Errand) -> None:
         """Queues the assignment. It takes waiting news along, and a small model that the agent does not have."""
-        message, load = pb.ToAgent(assignment=errand.message), errand.published.load
+        message, payload = pb.ToAgent(assignment=errand.message), errand.published.whole
         digest, manifest = errand.message.model_digest, errand.message.manifest_digest
         if self._news is not None:
             message.assignment.settlement.CopyFrom(self._news)
             self._news = None
         if digest in self._models or errand.sendings:  # a line that broke under it may be too slow for it in one piece
-            load = b""
-        elif load:
+            payload = b""
+        elif payload:
             self._models.append(digest)
             if manifest not in self._manifests:
                 self._manifests.append(manifest)
                 message.assignment.manifest = errand.published.parcel.model.manifest.to_json()
         errand.sendings += 1
-        self.outgoing.put_nowait(Laden(message, load))
+        self.outgoing.put_nowait(Laden(message, payload))
 
     def send(self, message: pb.ToAgent) -> None:
         """Queues a message."""

@@ -15,11 +15,11 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
 from fedkit.protos.wire import RESUMED_BYTES, frame, load
 from fedkit.rounds.assignment import Assignment, Parcel
-from fedkit.spool import Payload, Room, Spares, Spool, Spooled, SpooledExtras, Stash, payload_digest
+from fedkit.spool import Intake, Room, Spares, Spool, Spooled, SpooledExtras, Stash, payload_digest
 from fedkit.weights import Vector
 from fedkit.work import Answer, Update
 
-__all__ = ["Errand", "Published", "require_examples"]
+__all__ = ["Errand", "Published", "feed", "require_examples"]
 
 
 _FRAMES = 16  # that are kept for clients who are about as far as the others
@@ -39,16 +39,16 @@ class Published:
         self._frames: dict[int, bytes] = {}
 
     @cached_property
-    def load(self) -> bytes:
+    def whole(self) -> bytes:
         """The payload as it goes along with an assignment; empty where it is too large for that."""
         if not 0 < self.payload_bytes <= CHUNK_BYTES:
             return b""
         return load(b"".join(chunk for _, chunk in self._chunks))
 
-    def pieces(self, offset: int, *, small: bool) -> Iterator[bytes]:
-        """Serialised pieces with the payload from byte `offset` on; `small` ones for a line that has broken before."""
+    def pieces(self, offset: int, *, small: bool = False) -> Iterator[bytes]:
+        """Serialised pieces with the payload from byte `offset` on; `small` ones behind an offset or for bad lines."""
         for i, (start, chunk) in enumerate(self._chunks):
-            if offset == 0 and not small:
+            if not (offset or small):
                 yield self._frame(i, chunk)
             elif start + len(chunk) > offset:
                 left = chunk[max(offset - start, 0) :]
@@ -111,10 +111,10 @@ class Errand:
         self._path = folder / assignment.id
         self._spares = spares
         self._room = room
-        self._spool: Spool | Stash | None = None
+        self._spool: Intake | None = None
         self._announced: pb.Announcement | None = None
 
-    def receive(self, announced: pb.Announcement, max_examples: int) -> Spool | Stash:
+    def receive(self, announced: pb.Announcement, max_examples: int) -> Intake:
         """Where the announced bytes go. Raises `Refused` before any of them is taken; an upload before is cut off."""
         manifest = self.published.parcel.model.manifest
         if self.assignment.returns == "sums":
@@ -136,28 +136,36 @@ class Errand:
         self._spool = self._intake(manifest.digest, due, announced.digest)
         return self._spool
 
-    def _intake(self, manifest_digest: str, due: int, digest: bytes) -> Spool | Stash:
+    def _intake(self, manifest_digest: str, due: int, digest: bytes) -> Intake:
         """Small answers stay in memory as long as there is room, unless a file has a part of them."""
         if due <= _STASHED_BYTES and not Spool.is_begun(self._path) and self._room.take(due):
             return Stash(self._path, manifest_digest, due, digest, self._room, finite=True)
         return Spool(self._path, manifest_digest, due, digest, finite=True, spares=self._spares)
 
-    def expects(self, spool: Spool | Stash | None) -> bool:
+    def expects(self, spool: Intake | None) -> bool:
         """Whether this upload is the one that counts, and not one that a newer upload has cut off."""
         return spool is self._spool
 
-    def take(self, spool: Spool | Stash) -> None:
-        """The whole answer is there: it is checked and handed to whoever waits. Raises `Refused`."""
+    def take_whole(self, announced: pb.Announcement, payload: memoryview, max_examples: int) -> Update:
+        """The answer that lies all in `payload`; what an upload left of it does not count. Raises `Refused`."""
+        announced.at_once = True
+        spool = self.receive(announced, max_examples)
+        if len(payload):
+            feed(spool, payload)
+        return self.take(spool)
+
+    def take(self, spool: Intake) -> Update:
+        """The whole answer, checked. Raises `Refused`."""
         assert self._announced is not None  # receive has set it
         try:
-            payload: Payload = spool.finish()
+            payload = spool.finish()
         except PayloadError as error:
             raise Refused(Reason.PAYLOAD, str(error)) from None
         manifest = self.published.parcel.model.manifest
         extras = {extra.name: int(extra.length) for extra in self._announced.extras}
         loss = self._announced.loss if self._announced.HasField("loss") else None
         weights, vectors = Spooled(manifest, payload), SpooledExtras(payload, manifest.size, extras)
-        self.settle(Update(weights, int(self._announced.examples), loss, vectors))
+        return Update(weights, int(self._announced.examples), loss, vectors)
 
     def settle(self, outcome: Answer | Refused) -> None:
         """Ends the errand with an answer or a refusal; only the first one counts."""
@@ -176,6 +184,14 @@ class Errand:
         if self._spool is not None:
             self._spool.discard()
             self._spool = None
+
+
+def feed(spool: Intake, chunk: memoryview) -> None:
+    """Takes the next chunk of an answer; raises `Refused` for one that is none."""
+    try:
+        spool.feed(chunk)
+    except PayloadError as error:
+        raise Refused(Reason.PAYLOAD, str(error)) from None
 
 
 def require_examples(examples: int, most: int) -> None:

@@ -355,17 +355,26 @@ def test_an_update_that_is_posted_counts_like_one_that_is_uploaded(place: Place,
     assert all(along in (b"", asked) for along, asked in models)
 
 
-def test_an_update_that_is_posted_in_place_of_a_broken_upload_counts(place: Place, together: fedkit.Result) -> None:
+async def begun(place: Place, talk: Talk, hand: Hand, data: bytes) -> Any:
+    """An upload of which the coordinator has these bytes so far."""
+    hand.announcement.at_once = False
+    call, before = talk.calls.upload(metadata=talk.metadata), place.counted("payload_bytes", direction="up")
+    await call.write(hand.messages()[0])
+    assert (await call.read()).have == 0
+    await call.write(frame(data))
+    while place.counted("payload_bytes", direction="up") < before + len(data):
+        await asyncio.sleep(0.005)
+    return call
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_an_update_that_is_posted_in_place_of_a_broken_upload_counts(
+    place: Place, together: fedkit.Result, *, at_once: bool
+) -> None:
     async def act(talk: Talk, asked: pb.Assignment) -> None:
         hand = await update(talk, asked)
-        hand.announcement.at_once = False
-        call, before = talk.calls.upload(metadata=talk.metadata), place.counted("payload_bytes", direction="up")
-        await call.write(hand.messages()[0])
-        await call.read()
-        await call.write(frame(bytes(40)))  # which are not the announced ones
-        while place.counted("payload_bytes", direction="up") < before + 40:
-            await asyncio.sleep(0.005)
-        hand.announcement.at_once = True
+        await begun(place, talk, hand, bytes(40))  # which are not the announced ones
+        hand.announcement.at_once = at_once
         await talk.post(hand)
 
     result = place.run((MAL, honest_but(act)))
@@ -615,13 +624,7 @@ def test_a_late_update_is_refused_as_late(place: Place, alone: fedkit.Result) ->
 def test_an_upload_that_breaks_off_goes_on_where_it_stopped(place: Place, together: fedkit.Result) -> None:
     async def act(talk: Talk, asked: pb.Assignment) -> None:
         hand = await update(talk, asked)
-        hand.announcement.at_once = False
-        call, before = talk.calls.upload(metadata=talk.metadata), place.counted("payload_bytes", direction="up")
-        await call.write(hand.messages()[0])
-        assert (await call.read()).have == 0
-        await call.write(frame(hand.payload[:40]))
-        while place.counted("payload_bytes", direction="up") < before + 40:
-            await asyncio.sleep(0.005)
+        call = await begun(place, talk, hand, hand.payload[:40])
         call.cancel()
         call = talk.calls.upload(metadata=talk.metadata)
         await call.write(hand.messages()[0])
