@@ -8,7 +8,9 @@ wait there, and are added block by block at the end, straight into the mean.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
@@ -27,6 +29,7 @@ _PIECE = 1 << 18  # elements that are read from one file at a time
 _BLOCK = 1 << 16  # elements that are added at a time, which stay in the cache of a processor's core
 _SMALL = 1 << 18  # elements of values in memory that are added as they come, while the coordinator waits anyway
 _MOST_OPEN = 256  # files that one fold keeps open
+_THREADS = min(4, os.cpu_count() or 1)  # that add one piece each; which thread it is does not change a bit
 _MAX_KINDS = 4  # different sets of extra vectors that are told apart in one mean
 
 A = TypeVar("A", bound=Answer)
@@ -114,7 +117,6 @@ class _Sum:
     def __init__(self, size: int) -> None:
         self._size = size
         self._total: npt.NDArray[np.float64] | None = None
-        self._term = np.empty(min(_BLOCK, size))
         self._waiting: list[tuple[Vector | Values, int]] = []
 
     def add(self, values: Vector | Values, weight: int) -> None:
@@ -126,27 +128,18 @@ class _Sum:
             return
         if self._total is None:
             self._total = np.zeros(self._size)
-        self._add_to(self._total, values, weight)
-
-    def _add_to(self, total: npt.NDArray[np.float64], values: Vector, weight: int) -> None:
-        for start in range(0, len(total), _BLOCK):
-            into = total[start : start + _BLOCK]
-            term = self._term[: len(into)]
-            np.copyto(term, values[start : start + _BLOCK])  # faster than a product of mixed types
-            np.multiply(term, np.float64(weight), out=term)
-            np.add(into, term, out=into)
+        _add_to(self._total, values, weight)
 
     def mean(self, weight: int) -> Vector:
         """Sum / weight, rounded once to float32; of nothing, zeros."""
         out = np.empty(self._size, dtype=np.float32)
         if self._total is not None and not self._waiting:
             return np.divide(self._total, weight or 1, out=out, casting="same_kind")
-        total, read = np.empty(min(_PIECE, self._size)), np.empty(min(_PIECE, self._size), dtype=np.float32)
-        with self._opened() as waiting:
-            for start in range(0, self._size, _PIECE):
-                part = slice(0, min(_PIECE, self._size - start))
-                self._sum_piece(waiting, start, total[part], read[part])
-                np.divide(total[part], weight or 1, out=out[start : start + _PIECE], casting="same_kind")
+        with self._opened() as waiting, ThreadPoolExecutor(min(_THREADS, -(-self._size // _PIECE) or 1)) as threads:
+            pieces = range(0, self._size, _PIECE)
+            list(
+                threads.map(lambda start: self._mean_piece(waiting, start, weight, out[start : start + _PIECE]), pieces)
+            )
         return out
 
     @contextlib.contextmanager
@@ -157,20 +150,27 @@ class _Sum:
             opened = [(files.enter_context(v.opened()) if isinstance(v, Values) else v, n) for v, n in most]
             yield opened + self._waiting[_MOST_OPEN:]
 
-    def _sum_piece(
-        self,
-        waiting: list[tuple[Vector | Values, int]],
-        start: int,
-        total: npt.NDArray[np.float64],
-        read: Vector,
-    ) -> None:
-        total[:] = 0.0 if self._total is None else self._total[start : start + len(total)]
-        for values, weight in waiting:
+    def _mean_piece(self, waiting: list[tuple[Vector | Values, int]], start: int, weight: int, out: Vector) -> None:
+        end = start + len(out)
+        total = np.zeros(len(out)) if self._total is None else self._total[start:end].copy()
+        read = np.empty_like(out)
+        for values, times in waiting:
             if isinstance(values, Values):
                 values.read(start, read)
-                self._add_to(total, read, weight)
+                _add_to(total, read, times)
             else:
-                self._add_to(total, values[start : start + len(total)], weight)
+                _add_to(total, values[start:end], times)
+        np.divide(total, weight or 1, out=out, casting="same_kind")
+
+
+def _add_to(total: npt.NDArray[np.float64], values: Vector, weight: int) -> None:
+    term = np.empty(min(_BLOCK, len(total)))
+    for start in range(0, len(total), _BLOCK):
+        into = total[start : start + _BLOCK]
+        part = term[: len(into)]
+        np.copyto(part, values[start : start + _BLOCK])  # faster than a product of mixed types
+        np.multiply(part, np.float64(weight), out=part)
+        np.add(into, part, out=into)
 
 
 class _Part:

@@ -40,7 +40,7 @@ from fedkit.protos import convert_operators as convert
 from fedkit.protos import operators_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.protos.wire import CHANNEL_OPTIONS, Calls, frame, unframe
-from fedkit.result import Result, trained
+from fedkit.result import Result, trained, warn_of_failures
 from fedkit.rounds.conduct import Outcome
 from fedkit.rounds.journal import RoundRecord
 from fedkit.runfile import RunFile
@@ -161,10 +161,12 @@ class Coordinator:
             with shown(strategy, progress, on_round) as watcher:
                 for record in self.watch(run, say=watcher.say):
                     watcher(record)
-            return self.result(run, known, strategy)
+            found = self._result(run, known, strategy)
         except KeyboardInterrupt:
             text = f'detached; {run} goes on at {self.address}. Look again: connect(...).result("{run}")'
             raise KeyboardInterrupt(f"{text}, or fedkit status {run}") from None
+        warn_of_failures(found.outcome)
+        return found
 
     def submit(
         self,
@@ -265,18 +267,22 @@ class Coordinator:
     def result(self, run: str, task: str | Task | None = None, strategy: Strategy | None = None) -> Result:
         """What a finished run gave; raises `RunError` while it goes on, or where it failed.
 
-        `task` is the run's own where it is registered here too (None). `strategy` is the one that was submitted; None
-        stands for the registered one with its default settings, as a coordinator tells no more than its name. Raises
-        `ConfigError` where it has none.
+        `task` and `strategy` are the run's own where they are registered here too (None); raises `ConfigError` where
+        they are not.
         """
+        found = self._result(run, task, strategy)
+        warn_of_failures(found.outcome)
+        return found
+
+    def _result(self, run: str, task: str | Task | None, strategy: Strategy | None) -> Result:
         status = self.status(run).runs[0]
         known = task if isinstance(task, Task) else registry.find_task(task or status.task)
-        strategy = strategy or _by_name(status)
-        outcome = self._outcome(run)
+        message = self._ask("fetch_outcome", pb.RunRequest(run=run))
+        strategy = strategy or _strategy(status, message)
+        outcome = self._outcome(run, message)
         return Result(known, trained(strategy, outcome), status.seed, _seen(outcome), outcome)
 
-    def _outcome(self, run: str) -> Outcome:
-        message = self._ask("fetch_outcome", pb.RunRequest(run=run))
+    def _outcome(self, run: str, message: pb.Outcome) -> Outcome:
         history = [convert.record_from_proto(record) for record in message.history] or list(self.watch(run))
         weights = self.weights(run)
         best = None
@@ -565,10 +571,14 @@ def _event(message: pb.RunEvent) -> RoundRecord | RunStatus:
     return convert.run_from_proto(message.state)
 
 
-def _by_name(status: RunStatus) -> Strategy:
-    kind = registry.find_strategy(status.strategy)
+def _strategy(status: RunStatus, message: pb.Outcome) -> Strategy:
     try:
-        return kind(rounds=status.rounds)
+        table = json.loads(message.strategy)
+    except ValueError:
+        raise PayloadError(f"the strategy of {status.name} is not JSON") from None
+    file = parse(RunFile, {"run": {"name": status.name}, "strategy": table})
+    try:
+        return file.build_strategy()
     except ConfigError as error:
         raise ConfigError(f"{error}\nGive the {status.strategy} that {status.name} was submitted with") from None
 

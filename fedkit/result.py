@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from fedkit import codec
-from fedkit.errors import ConfigError
+from fedkit.errors import ConfigError, Reason, RefusalWarning
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome
 from fedkit.rounds.journal import RoundRecord
@@ -22,7 +23,7 @@ from fedkit.strategy import Strategy
 from fedkit.task import Task
 from fedkit.weights import Weights
 
-__all__ = ["Result", "trained"]
+__all__ = ["Result", "trained", "warn_of_failures"]
 
 
 def trained(strategy: Strategy, outcome: Outcome) -> Strategy:
@@ -30,6 +31,16 @@ def trained(strategy: Strategy, outcome: Outcome) -> Strategy:
     found = copy.copy(strategy)
     found.load_state_dict(outcome.state)
     return found
+
+
+def warn_of_failures(outcome: Outcome) -> None:
+    """Issues a `RefusalWarning` at the caller's caller if a client's own code failed; the result lacks that client."""
+    refusals = [*(refusal for record in outcome.history for refusal in record.refusals), *outcome.refusals]
+    failed = [refusal for refusal in refusals if refusal.reason is Reason.FAILED]
+    if failed:
+        clients = len({refusal.client for refusal in failed})
+        text = f"{clients} clients failed and the run went on without them; {failed[0].client}: {failed[0].detail}"
+        warnings.warn(text, RefusalWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)

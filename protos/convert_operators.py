@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -262,8 +263,8 @@ def status_from_proto(message: pb.StatusReply) -> Status:
 # -- outcomes ----------------------------------------------------------------------------------------------------------
 
 
-def outcome_to_proto(outcome: Outcome) -> pb.Outcome:
-    """Everything of an outcome but weights and state, which `FetchModel` gives."""
+def outcome_to_proto(outcome: Outcome, strategy: Mapping[str, Any]) -> pb.Outcome:
+    """Everything of an outcome but weights and state, which `FetchModel` gives; `strategy` is the run file's table."""
     best = outcome.best
     return pb.Outcome(
         history=[record_to_proto(record) for record in outcome.history],
@@ -272,6 +273,7 @@ def outcome_to_proto(outcome: Outcome) -> pb.Outcome:
         test_per_client=_scores_to_proto(outcome.test_per_client),
         refusals=_refusals_to_proto(outcome.refusals),
         best=None if best is None else pb.Best(round=best.round, metrics=best.metrics, test=best.test),
+        strategy=json.dumps(strategy),
     )
 
 

@@ -172,7 +172,8 @@ class OperatorService:
     async def fetch_outcome(self, request: pb.RunRequest, context: Any) -> pb.Outcome:
         """What a run ended with; a history too long for one message is left to `watch`."""
         async with _answering(context):
-            message = convert.outcome_to_proto(self._book.outcome(_named(request.run)))
+            name = _named(request.run)
+            message = convert.outcome_to_proto(self._book.outcome(name), self._book.file(name).strategy)
             if message.ByteSize() > _REPLY_BYTES:
                 del message.history[:]
             return message

@@ -43,6 +43,10 @@ class RunBook(Protocol):
         """
         ...
 
+    def file(self, name: str) -> RunFile:
+        """What was submitted; raises `NoSuchRun`."""
+        ...
+
     def outcome(self, name: str) -> Outcome:
         """What a run ended with; raises `NoSuchRun`, and `RunError` where it goes on or failed."""
         ...

@@ -297,6 +297,10 @@ class Runs:
             return live.journal
         return self._journal(self._database.run(name))
 
+    def file(self, name: str) -> RunFile:
+        """What was submitted; raises `NoSuchRun`."""
+        return parse(RunFile, self._database.run(name).file)
+
     def outcome(self, name: str) -> Outcome:
         """What a run ended with; raises `NoSuchRun`, and `RunError` where it goes on or failed."""
         stored, journal = self._database.run(name), self._opened(name)

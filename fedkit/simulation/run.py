@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import warnings
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +15,10 @@ from torch import nn
 
 from fedkit import codec, rng
 from fedkit.config import Evaluation
-from fedkit.errors import ConfigError, Reason, RefusalWarning, RunFailed
+from fedkit.errors import ConfigError, RunFailed
 from fedkit.progress import shown
-from fedkit.result import Result, trained
-from fedkit.rounds.conduct import Outcome, Plan, conduct
+from fedkit.result import Result, trained, warn_of_failures
+from fedkit.rounds.conduct import Plan, conduct
 from fedkit.rounds.journal import Journal, MemoryJournal, RoundRecord
 from fedkit.simulation.splits import client_names
 from fedkit.simulation.transport import Latency, SimulatedTransport
@@ -82,17 +81,8 @@ def simulate(
         raise error from place.failure() or error.__cause__
     finally:
         place.close()
-    _warn_of_failures(outcome)
+    warn_of_failures(outcome)
     return Result(task=task, strategy=trained(strategy, outcome), seed=seed, clients=tuple(names), outcome=outcome)
-
-
-def _warn_of_failures(outcome: Outcome) -> None:
-    refusals = [*(refusal for record in outcome.history for refusal in record.refusals), *outcome.refusals]
-    failed = [refusal for refusal in refusals if refusal.reason is Reason.FAILED]
-    if failed:
-        clients = len({refusal.client for refusal in failed})
-        text = f"{clients} clients failed and the run went on without them; {failed[0].client}: {failed[0].detail}"
-        warnings.warn(text, RefusalWarning, stacklevel=3)
 
 
 @contextlib.contextmanager

@@ -180,6 +180,9 @@ class Book:
                 return
             await moved.wait()
 
+    def file(self, name: str) -> RunFile:
+        return self._entry(name).file
+
     def outcome(self, name: str) -> Outcome:
         entry = self._entry(name)
         if entry.outcome is None:
@@ -353,10 +356,14 @@ def test_an_interrupted_run_goes_on_and_is_found_again(serving: Serving, coordin
     assert found.strategy.rounds == 3
 
 
-def test_a_result_without_its_strategy_says_where_that_is_needed(coordinator: Coordinator) -> None:
+def test_a_result_has_the_strategy_that_was_submitted(
+    coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = coordinator.submit(toy_task(), FedSGD(rounds=1, lr=0.1))
     list(coordinator.watch(run))
-    with pytest.raises(ConfigError, match=r"lr: must be given\nGive the FedSGD"):
+    assert coordinator.result(run, toy_task()).strategy.to_dict() == FedSGD(rounds=1, lr=0.1).to_dict()
+    monkeypatch.setattr("fedkit.registry.entry_points", lambda group: [])  # another process knows others
+    with pytest.raises(ConfigError, match=r"no strategy 'FedSGD'(.|\n)*\nGive the FedSGD that"):
         coordinator.result(run, toy_task())
     assert coordinator.result(run, toy_task(), FedSGD(rounds=1, lr=0.1)).strategy.lr == 0.1
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import fedkit
-from fedkit.errors import Reason
+from fedkit.errors import Reason, RefusalWarning
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.protos.wire import SESSION_KEY, frame
@@ -430,7 +430,8 @@ def test_an_invented_reason_counts_as_failed_and_its_detail_is_cut(place: Place,
         detail = "\x1b[31mred\x00\n\r\u202e" * 1000
         await talk.say(refusal=pb.Refusal(assignment_id=asked.id, reason="<script>", detail=detail))
 
-    result = place.run((MAL, trains(act)))
+    with pytest.warns(RefusalWarning, match=r"^1 clients failed .*; mal: [^\x1b]*$"):
+        result = place.run((MAL, trains(act)))
     cost_nothing_else(result, alone, Reason.FAILED)
     for record in result.history:
         assert len(record.refusals[0].detail) <= 200
@@ -442,7 +443,9 @@ def test_no_client_speaks_for_the_coordinator(place: Place, alone: fedkit.Result
     async def act(talk: Talk, asked: pb.Assignment) -> None:
         await talk.say(refusal=pb.Refusal(assignment_id=asked.id, reason=reason))
 
-    cost_nothing_else(place.run((MAL, trains(act))), alone, Reason.FAILED)
+    with pytest.warns(RefusalWarning, match="mal"):
+        result = place.run((MAL, trains(act)))
+    cost_nothing_else(result, alone, Reason.FAILED)
 
 
 def test_an_update_that_is_announced_and_never_sent_costs_the_deadline(place: Place, alone: fedkit.Result) -> None:
