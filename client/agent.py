@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import secrets
 import time
@@ -17,14 +18,18 @@ from fedkit import __version__
 from fedkit.client.inbox import Inbox
 from fedkit.client.line import Gone, Line, LineLost
 from fedkit.client.outbox import Outbox, Stored
+from fedkit.client.roster import KnownRoster
 from fedkit.client.settings import AgentSettings
 from fedkit.client.trainers import Job, Trainers
 from fedkit.codec import CHUNK_BYTES
-from fedkit.errors import PayloadError, Reason, Refused, RunError
+from fedkit.errors import PayloadError, Reason, Refused, RunError, TrustError
 from fedkit.logs import where
 from fedkit.protos import agents_pb2 as pb
-from fedkit.protos import convert
-from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL
+from fedkit.protos import convert, identities_pb2
+from fedkit.protos.channels import aio_channel, require_reachable
+from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, Calls
+from fedkit.trust.diagnosis import diagnose
+from fedkit.trust.identity import Identity
 from fedkit.weights import Manifest
 
 __all__ = ["Agent", "TurnedAway"]
@@ -34,6 +39,9 @@ log = structlog.get_logger("fedkit.client")
 _WELCOME_S = 10.0
 _PAUSE_S = (0.1, 30.0)  # between two tries to connect: the shortest and the longest
 _RETRY_S = 0.5
+_LONGEST_S = 3600.0  # of one sleep
+_RENEWAL_PAUSE_S = 600.0  # between two tries to renew a certificate, which has a third of its life left
+_HINT_S = 60.0
 _FINAL = (pb.Goodbye.PROTOCOL, pb.Goodbye.REPLACED, pb.Goodbye.MALFORMED)
 
 
@@ -55,17 +63,27 @@ class Agent:
     """One participant. `run` ends when `stop` is called, or raises `TurnedAway`."""
 
     def __init__(
-        self, settings: AgentSettings, tasks: list[str], outbox: Outbox, inbox: Inbox, trainers: Trainers
+        self,
+        settings: AgentSettings,
+        tasks: list[str],
+        outbox: Outbox,
+        inbox: Inbox,
+        trainers: Trainers,
+        roster: KnownRoster,
     ) -> None:
         self._settings = settings
         self._tasks = tasks
         self._outbox = outbox
         self._inbox = inbox
         self._trainers = trainers
+        self._roster = roster
         self._instance = secrets.token_bytes(16)
         self._errands: dict[str, _Errand] = {}
         self._line: Line | None = None
         self._stopping = asyncio.Event()
+        self._identity = None if settings.identity is None else Identity.load(settings.identity)
+        require_reachable(settings.coordinator, self._identity)
+        self._hinted = -math.inf
 
     # -- the connection ------------------------------------------------------------------------------------------------
 
@@ -107,26 +125,66 @@ class Agent:
                     return
                 why = "the coordinator closed the stream"
             except grpc.RpcError as error:
-                why = error.code().name.lower() if isinstance(error, grpc.aio.AioRpcError) else "broken"
+                why = _why(error)
             except (TimeoutError, grpc.aio.UsageError):
                 why = "silence"
             shortest, longest = _PAUSE_S
             pause = min(max(shortest, 0.25 * (time.monotonic() - gone)), longest) * random.uniform(0.5, 1.0)  # noqa: S311
             log.info("not connected", coordinator=self._settings.coordinator, why=why, again_in_s=round(pause, 1))
+            await self._hint()
             await asyncio.sleep(pause)
+
+    async def _hint(self) -> None:
+        """Says now and then what a person can do, where that can be found out."""
+        if time.monotonic() - self._hinted >= _HINT_S:
+            self._hinted = time.monotonic()
+            hint = await asyncio.to_thread(diagnose, self._settings.coordinator, self._identity)
+            if hint:
+                log.warning("cannot connect", coordinator=self._settings.coordinator, hint=hint)
 
     async def _attend(self) -> bool:
         """One session; whether there was a welcome."""
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # each try dials anew
-        async with grpc.aio.insecure_channel(self._settings.coordinator, options=options) as channel:
+        async with aio_channel(self._settings.coordinator, self._identity, options) as channel:
             line = Line(channel, self._hello())
+            listening = asyncio.create_task(self._listen(line))
+            tasks = {listening, *self._renewing(channel)}
             try:
-                return await self._listen(line)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                return listening.result() if listening.done() else True
             finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 line.cancel()
                 if self._line is line:
                     self._line = None
                     log.info("disconnected", client=self._settings.name)
+
+    def _renewing(self, channel: grpc.aio.Channel) -> list[asyncio.Task[None]]:
+        """What ends when there is a fresh certificate; none without TLS."""
+        if self._identity is None or self._settings.identity is None:
+            return []
+        return [asyncio.create_task(self._renew_in_time(channel, self._settings.identity, self._identity))]
+
+    async def _renew_in_time(self, channel: grpc.aio.Channel, folder: Path, current: Identity) -> None:
+        """Brings a fresh certificate when it is time: the next connection shows it."""
+        calls = Calls(channel, identities_pb2.DESCRIPTOR.services_by_name["Identities"])
+        while True:
+            await asyncio.sleep(min(max(current.renew_at - time.time(), 0.0), _LONGEST_S))
+            if time.time() < current.renew_at:
+                continue
+            try:
+                made = await calls.renew(identities_pb2.RenewRequest(request=current.request()), timeout=_WELCOME_S)
+                self._identity = current.renewed(made.certificate)
+                self._identity.save(folder)
+            except (grpc.RpcError, TrustError) as error:
+                why = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                log.error("certificate not renewed", client=self._settings.name, why=why)
+                await asyncio.sleep(_RENEWAL_PAUSE_S)
+            else:
+                log.info("certificate renewed", client=self._settings.name)
+                return
 
     def _hello(self) -> pb.Hello:
         return pb.Hello(
@@ -154,6 +212,7 @@ class Agent:
         if kind == "welcome":
             line.open(message.welcome)
             self._line = line
+            self._hear_roster(message.welcome.roster)
             self._settle(message.welcome.settlement)
             log.info("connected", client=self._settings.name, coordinator=self._settings.coordinator)
         elif kind == "assignment":
@@ -168,6 +227,16 @@ class Agent:
             raise TurnedAway(
                 f"{self._settings.coordinator} turned {self._settings.name} away: {message.goodbye.detail}"
             )
+
+    def _hear_roster(self, text: str) -> None:
+        try:
+            if text and self._roster.hear(text):
+                log.info("roster changed", client=self._settings.name, version=self._known_version())
+        except TrustError as error:
+            log.error("roster refused", client=self._settings.name, why=str(error))
+
+    def _known_version(self) -> int:
+        return 0 if self._roster.version is None else self._roster.version.version
 
     # -- assignments ---------------------------------------------------------------------------------------------------
 
@@ -214,6 +283,7 @@ class Agent:
     async def _work(self, errand: _Errand) -> None:
         message = errand.message
         convert.assignment_from_proto(message, self._settings.name)
+        self._roster.require(message.roster_version, message.roster_digest)
         async with self._trainers.place() as perform:
             fetched = await self._fetch(errand) if message.model_bytes else None
             outcome = await perform(self._job(message, fetched), lambda *steps: self._report(message.id, *steps))
@@ -312,6 +382,13 @@ class Agent:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _why(error: grpc.RpcError) -> str:
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return "broken"
+    turned_away = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+    return str(error.details()) if turned_away else error.code().name.lower()
 
 
 def _about(message: pb.Assignment, client: str) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class Line:
         """The coordinator has let us in."""
         self._session = welcome.session
         self.heartbeat_s = min(max(welcome.heartbeat_s, 0.1), 60.0)
+        self.send(pb.FromAgent(heartbeat=pb.Heartbeat()))  # or the next would come as late as was right before
 
     async def messages(self) -> AsyncIterator[Laden]:
         """What the coordinator says, to the end. Raises `TimeoutError` where it is silent for two heartbeats."""

@@ -37,12 +37,12 @@ async def _attend(settings: AgentSettings, tasks: list[str], nursery: Nursery, t
     from fedkit.client.agent import Agent
     from fedkit.client.inbox import Inbox
     from fedkit.client.outbox import Outbox
+    from fedkit.client.roster import KnownRoster
     from fedkit.client.trainers import Trainers
 
     folder = Path(settings.state) / settings.name
     outbox = Outbox(folder / "outbox")
-    agent = Agent(
-        settings, tasks, outbox, Inbox(folder / "inbox", settings.parallel + 1), Trainers(nursery, settings.parallel)
-    )
+    inbox, trainers = Inbox(folder / "inbox", settings.parallel + 1), Trainers(nursery, settings.parallel)
+    agent = Agent(settings, tasks, outbox, inbox, trainers, KnownRoster(folder / "roster.json", settings.roster))
     on_stop(agent.stop, tethered=tethered)
     await agent.run()

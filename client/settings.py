@@ -8,8 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from fedkit.config import PositiveInt, Settings, parse
+from fedkit.config import Name, PositiveInt, Settings, parse
 from fedkit.errors import ConfigError
+from fedkit.trust.certificates import Role
+from fedkit.trust.identity import Identity
 
 __all__ = ["AgentSettings", "read"]
 
@@ -19,13 +21,17 @@ class AgentSettings(Settings):
 
     `tasks` are registered names, or `module:attr` that this process imports. `max_examples` is the most training rows
     its results may claim. `parallel` assignments are worked on at a time, each by a process of its own with `threads`
-    torch threads (None: as many as torch takes). `state` is the folder that survives restarts.
+    torch threads (None: as many as torch takes). `state` is the folder that survives restarts. `identity` is the folder
+    that `fedkit enroll` wrote: off loopback it is needed, and the name is that of its certificate. `roster` is the file
+    the members have signed; with one, work under another roster is refused.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+    name: Name
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     coordinator: str = "127.0.0.1:8443"
     state: Path = Path("fedkit-client")
+    identity: Path | None = None
+    roster: Path | None = None
     max_examples: PositiveInt = 1_000_000
     parallel: Annotated[int, Field(ge=1, le=64)] = 1
     threads: PositiveInt | None = None
@@ -43,4 +49,8 @@ def read(path: Path | None, **given: Any) -> AgentSettings:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not TOML: {error}") from None
     values |= {name: value for name, value in given.items() if value is not None}
+    if values.get("identity") is not None:
+        certified = Identity.load(Path(values["identity"])).require(Role.AGENT).holder.name
+        if values.setdefault("name", certified) != certified:
+            raise ConfigError(f"client.name: the identity is that of {certified}; leave the name out")
     return parse(AgentSettings, values, where="client")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_type_hints
 
@@ -18,7 +19,22 @@ from pydantic import Field
 
 from fedkit.errors import ConfigError
 
-__all__ = ["Evaluation", "Fraction", "Participation", "PositiveFloat", "PositiveInt", "Settings", "explain", "parse"]
+__all__ = [
+    "NAME",
+    "Evaluation",
+    "Fraction",
+    "Name",
+    "Participation",
+    "PositiveFloat",
+    "PositiveInt",
+    "Settings",
+    "explain",
+    "parse",
+    "require_name",
+]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of clients, runs, tasks: never a path, an option or a command
+Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -27,6 +43,13 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 T = TypeVar("T")
 
 _RULES = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+def require_name(text: str, what: str) -> str:
+    """`text`, which names something; raises `ConfigError` for what could be taken for a path or a command."""
+    if not NAME.fullmatch(text):
+        raise ConfigError(f"{what} must be 1 to 100 of A-Z a-z 0-9 _ . - and begin with a letter or digit")
+    return text
 
 
 @dataclass_transform(kw_only_default=True)

@@ -10,6 +10,7 @@ FedkitError
 ├── ManifestMismatch       two models, or a model and a module, do not hold the same tensors
 ├── PayloadError           bytes that claim to be a model are refused
 ├── StorageError           a file or database that must be durable cannot be written or read
+├── TrustError             an identity, token or certificate is not what it must be
 ├── Refused                a client, or a check on its answer, refuses one assignment
 ├── RunError
 │   ├── RoundAbandoned     a round fell below its quorum; it is tried again
@@ -54,6 +55,7 @@ __all__ = [
     "StateError",
     "StorageError",
     "TaskError",
+    "TrustError",
     "Unreachable",
 ]
 
@@ -96,6 +98,10 @@ class PayloadError(FedkitError):
 
 class StorageError(FedkitError):
     """What must be durable cannot be written or read; the message names the file and says what to do."""
+
+
+class TrustError(FedkitError):
+    """An identity, token, certificate or roster is not what it must be; the message says what to do."""
 
 
 class Reason(enum.StrEnum):

@@ -26,7 +26,9 @@ _STOP_S = 10.0
 class Loopback:
     """One federation under `folder`: the state of each process, and its log under `logs/`.
 
-    `tasks` are registered names or `module:attr`. Use as a context manager: everything is stopped at its end.
+    `tasks` are registered names or `module:attr`. With `tls` there is an authority, everybody enrols, and everything
+    is mutual TLS. Options are added to the command lines as they are at each start. Use as a context manager:
+    everything is stopped at its end.
     """
 
     def __init__(
@@ -40,10 +42,17 @@ class Loopback:
         rejoin_s: float = 30.0,
         strategies: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        tls: bool = False,
+        server_options: Sequence[str] = (),
+        client_options: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.clients = tuple(clients)
         self.port = port
+        self.tls = tls
+        self.server_options = list(server_options)
+        self.client_options = list(client_options)
+        self.authority = folder / "authority"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopped = False
         self._lock = threading.Lock()
@@ -55,11 +64,22 @@ class Loopback:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
 
     @property
+    def operator(self) -> Path | None:
+        """The folder of an operator's identity, for `fedkit.connect`; None without TLS."""
+        return self.identity("operator") if self.tls else None
+
+    def identity(self, name: str) -> Path:
+        """The folder of a participant's identity."""
+        return self.folder / "identities" / name
+
+    @property
     def address(self) -> str:
         """Where the coordinator listens."""
         return f"127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
+        if self.tls:
+            self._make_authority()
         self.start_server()
         for name in self.clients:
             self.start_client(name)
@@ -69,6 +89,16 @@ class Loopback:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def _make_authority(self) -> None:
+        from fedkit.trust.authority import Authority
+        from fedkit.trust.certificates import Role
+
+        authority = Authority.create(self.authority, "loopback")
+        authority.member(Role.OPERATOR, "operator").save(self.identity("operator"))
+        for name in self.clients:
+            authority.member(Role.AGENT, name).save(self.identity(name))
+        authority.close()
+
     # -- beginning -----------------------------------------------------------------------------------------------------
 
     def start_server(self) -> None:
@@ -76,12 +106,16 @@ class Loopback:
         if self.port == 0:
             self.port = _free_port()
         listen = ["--listen", self.address, "--state", str(self.folder / "server")]
-        self._start("server", "server", *listen, *self._times, *self._imported, *self._strategies)
+        if self.tls:
+            listen += ["--authority", str(self.authority)]
+        self._start("server", "server", *listen, *self._times, *self._imported, *self._strategies, *self.server_options)
 
     def start_client(self, name: str) -> None:
         """Starts one agent."""
         given = ["--name", name, "--coordinator", self.address, "--state", str(self.folder / "clients")]
-        self._start(name, "client", *given, "--threads", "1", *self._tasks)
+        if self.tls:
+            given += ["--identity", str(self.identity(name))]
+        self._start(name, "client", *given, "--threads", "1", *self._tasks, *self.client_options)
 
     def _start(self, name: str, command: str, *arguments: str) -> None:
         before = self.processes.get(name)
@@ -107,7 +141,7 @@ class Loopback:
         while True:
             if self.processes["server"].poll() is not None or time.monotonic() > until:
                 raise RunError(f"the coordinator did not come up: see {self.folder / 'logs' / 'server.log'}")
-            with contextlib.suppress(Unreachable), connect(self.address, patience_s=0.5) as coordinator:
+            with contextlib.suppress(Unreachable), connect(self.address, self.operator, patience_s=0.5) as coordinator:
                 coordinator.status()
                 return
 

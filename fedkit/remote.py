@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import queue
 import random
@@ -24,6 +23,7 @@ from torch import nn
 from fedkit import codec, packing, registry
 from fedkit.codec import Decoder, Limits
 from fedkit.config import Evaluation, parse
+from fedkit.enrolment import renew
 from fedkit.errors import (
     ConfigError,
     FedkitError,
@@ -33,12 +33,14 @@ from fedkit.errors import (
     RemoteError,
     RunCancelled,
     RunFailed,
+    TrustError,
     Unreachable,
 )
 from fedkit.progress import shown
 from fedkit.protos import convert_operators as convert
 from fedkit.protos import operators_pb2 as pb
 from fedkit.protos import tensors_pb2
+from fedkit.protos.channels import channel
 from fedkit.protos.wire import CHANNEL_OPTIONS, Calls, frame, unframe
 from fedkit.result import Result, trained, warn_of_failures
 from fedkit.rounds.conduct import Outcome
@@ -47,6 +49,9 @@ from fedkit.runfile import RunFile
 from fedkit.status import RunStatus, Status
 from fedkit.strategy import Strategy
 from fedkit.task import Task
+from fedkit.trust.certificates import Role
+from fedkit.trust.diagnosis import diagnose
+from fedkit.trust.identity import Identity
 from fedkit.weights import Weights
 
 __all__ = ["Coordinator", "connect"]
@@ -67,7 +72,6 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
-_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9_.-]+)):([0-9]{1,5})")
 _REGISTER = (
     "a strategy travels by its name, so the coordinator must have it: fedkit server --strategy module:Class, "
     "or an entry point in fedkit.strategies"
@@ -75,32 +79,27 @@ _REGISTER = (
 _CHOICE = random.SystemRandom()
 
 
-def connect(address: str, credentials: object | None = None, *, patience_s: float = 300.0) -> Coordinator:
-    """The coordinator at `address` ("host:port"). Nothing is sent yet; use it in a `with` block, or close it.
+def connect(
+    address: str, credentials: Identity | Path | str | None = None, *, patience_s: float = 300.0
+) -> Coordinator:
+    """The coordinator at `address` ("host:port"). Nothing is asked yet; use it in a `with` block, or close it.
 
-    A coordinator that goes away is waited for `patience_s` seconds, then `Unreachable` is raised. Raises `ConfigError`
-    for an address off loopback: TLS credentials are needed there, and this version has none yet.
+    `credentials` is an operator's identity, or the folder that `fedkit enroll` wrote, whose certificate is then renewed
+    in time; None will do on loopback only, for a coordinator without TLS. A coordinator that goes away is waited for
+    `patience_s` seconds, then `Unreachable` is raised. Raises `ConfigError` and `TrustError`.
     """
-    if credentials is not None:
-        raise ConfigError("credentials: this version has none yet; leave them out and connect over loopback")
-    found = _ADDRESS.fullmatch(address)
-    if found is None or not 0 < int(found[3]) < 1 << 16:
-        raise ConfigError(f'a coordinator\'s address is host:port, such as "127.0.0.1:8443", got {address!r:.100}')
-    if not _is_loopback(found[1] or found[2]):
-        raise ConfigError(
-            f"{address}: off loopback TLS credentials are needed; this version has none yet. "
-            "Run this where the coordinator runs, or reach it through a tunnel that ends at 127.0.0.1"
-        )
     if patience_s < 0:
         raise ConfigError(f"patience_s must be 0 or more, got {patience_s}")
-    return Coordinator(address, patience_s)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    folder = Path(credentials) if isinstance(credentials, Path | str) else None
+    identity = Identity.load(folder) if folder is not None else credentials
+    if isinstance(identity, Identity):
+        identity.require(Role.OPERATOR)
+    elif identity is not None:
+        raise ConfigError(f"credentials must be an identity or its folder, got {type(identity).__name__}")
+    if identity is not None and folder is not None and time.time() >= identity.renew_at:
+        with channel(address, identity, _OPTIONS) as opened:
+            identity = renew(opened, identity, folder)
+    return Coordinator(address, patience_s, identity)
 
 
 def _unsaid(_: str) -> None:
@@ -115,10 +114,10 @@ class Coordinator:
     sense.
     """
 
-    def __init__(self, address: str, patience_s: float) -> None:
+    def __init__(self, address: str, patience_s: float, identity: Identity | None = None) -> None:
         self.address = address
-        self._peer = _Peer(address, patience_s)
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._peer = _Peer(address, patience_s, identity)
+        self._channel = channel(address, identity, _OPTIONS)
         self._calls = Calls(self._channel, pb.DESCRIPTOR.services_by_name["Operators"])
 
     def __enter__(self) -> Coordinator:
@@ -397,6 +396,7 @@ class _Peer:
 
     address: str
     patience_s: float
+    identity: Identity | None = None
     has_answered: bool = False
 
     @property
@@ -426,6 +426,10 @@ class _Absence:
         if error.code() not in _AWAY:
             raise _meant(error, self._peer.address) from None
         now = time.monotonic()
+        if self._since is None and not self._peer.has_answered:
+            hint = diagnose(self._peer.address, self._peer.identity)
+            if hint:
+                raise Unreachable(hint) from None
         self._since = now if self._since is None else self._since
         left = self._since + self._peer.patience_now_s - now
         if left <= 0:
@@ -448,6 +452,8 @@ def _meant(error: grpc.RpcError, address: str) -> FedkitError:
     found = convert.error_from(code, error.details() or "", name)
     if found is not None:
         return found
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return TrustError(f"{address}: {error.details()}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return RemoteError(f"what answers at {address} is not a coordinator of fedkit, or one of another version")
     return RemoteError(f"the coordinator at {address} answered {code.name}: {error.details()!r:.300}")

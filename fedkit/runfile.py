@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fedkit import registry
-from fedkit.config import Evaluation, PositiveInt, Settings, parse
+from fedkit.config import Evaluation, Name, PositiveInt, Settings, parse
 from fedkit.errors import ConfigError
 from fedkit.strategy import Strategy
 
@@ -22,7 +22,7 @@ class RunSection(Settings):
     A round on a network begins when `min_clients` are there (None: the strategy's quorum, else 2).
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+    name: Name
     task: str | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 0
     min_clients: PositiveInt | None = None

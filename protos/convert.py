@@ -10,7 +10,7 @@ import numpy as np
 
 from fedkit.codec import Header as CodecHeader
 from fedkit.codec import Limits
-from fedkit.config import parse
+from fedkit.config import NAME, parse
 from fedkit.errors import ConfigError, PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
@@ -20,7 +20,6 @@ from fedkit.weights import Manifest
 from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Summarize, Summary, Work
 
 __all__ = [
-    "NAME",
     "assignment_from_proto",
     "assignment_to_proto",
     "extras_from_proto",
@@ -34,7 +33,6 @@ __all__ = [
     "sums_to_proto",
 ]
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _ID = re.compile(r"[0-9a-f]{32}")
 _RUN = re.compile(rf"{NAME.pattern}(\.[0-9a-f]{{8}})?")  # its name, and what tells it from others of that name
 _DETAIL = 200  # characters

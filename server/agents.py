@@ -18,8 +18,10 @@ from fedkit.protos import convert, tensors_pb2
 from fedkit.protos.wire import PROTOCOL, SESSION_KEY, Laden, unframe
 from fedkit.server.attendance import Attendance, Session
 from fedkit.server.errands import Errand, feed, require_examples
+from fedkit.server.guard import caller
 from fedkit.server.metrics import Metrics
 from fedkit.spool import Intake
+from fedkit.trust.certificates import Holder
 
 __all__ = ["AgentService", "Register"]
 
@@ -73,10 +75,10 @@ class AgentService:
 
     # -- attendance ----------------------------------------------------------------------------------------------------
 
-    async def attend(self, requests: AsyncIterator[Laden], context: Any) -> AsyncIterator[Laden]:  # noqa: ARG002
+    async def attend(self, requests: AsyncIterator[Laden], context: Any) -> AsyncIterator[Laden]:
         """One agent from its hello to the end of its stream."""
         try:
-            session, held = await self._admit(requests)
+            session, held = await self._admit(requests, caller(context))
         except _Unwelcome as unwelcome:
             yield Laden(unwelcome.goodbye)
             return
@@ -89,13 +91,14 @@ class AgentService:
             reading.cancel()
             self._depart(session)
 
-    async def _admit(self, requests: AsyncIterator[Laden]) -> tuple[Session, list[str]]:
+    async def _admit(self, requests: AsyncIterator[Laden], known: Holder | None) -> tuple[Session, list[str]]:
         try:
             first = await asyncio.wait_for(anext(requests), _HELLO_S)
         except (TimeoutError, StopAsyncIteration):
             raise _Unwelcome(pb.Goodbye.MALFORMED, "the first message must be Hello, at once") from None
         hello = _checked_hello(first.message)
-        session = Session(hello.client, hello.instance, frozenset(hello.tasks), int(hello.max_examples))
+        name = hello.client if known is None else known.name  # with TLS, the certificate's name alone counts
+        session = Session(name, hello.instance, frozenset(hello.tasks), int(hello.max_examples))
         before = self._attendance.sessions.get(session.name)
         if before is not None and before.instance != session.instance:
             detail = f"another process attends as {session.name}"
@@ -110,7 +113,12 @@ class AgentService:
         accepted, dropped = self._register.fates(held)
         settlement = pb.Settlement(accepted=accepted, dropped=dropped)
         return pb.ToAgent(
-            welcome=pb.Welcome(session=session.token, heartbeat_s=self._heartbeat_s, settlement=settlement)
+            welcome=pb.Welcome(
+                session=session.token,
+                heartbeat_s=self._heartbeat_s,
+                settlement=settlement,
+                roster=self._attendance.roster_text,
+            )
         )
 
     async def _next(self, session: Session) -> Laden | None:
@@ -291,7 +299,8 @@ class AgentService:
     async def _holder(self, context: Any) -> Session:
         token = dict(context.invocation_metadata() or ()).get(SESSION_KEY, b"")
         session = self._attendance.holder(token) if isinstance(token, bytes) else None
-        if session is None:
+        known = caller(context)
+        if session is None or (known is not None and known.name != session.name):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "attend first; this session is over")
             raise AssertionError("abort raises")
         return session

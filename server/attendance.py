@@ -16,6 +16,7 @@ from fedkit.errors import Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.wire import Laden
 from fedkit.server.errands import Errand
+from fedkit.trust.roster import Chain
 from fedkit.work import Answer
 
 __all__ = ["Attendance", "Away", "Session"]
@@ -112,8 +113,10 @@ class Session:
 class Attendance:
     """The sessions by client name. A client that went away counts as missing for `rejoin_s`, then as lost."""
 
-    def __init__(self, rejoin_s: float) -> None:
+    def __init__(self, rejoin_s: float, roster: Chain | None = None) -> None:
         self.rejoin_s = rejoin_s
+        self.roster = None if roster is None else roster.last
+        self.roster_text = "" if roster is None else roster.to_json()
         self.sessions: dict[str, Session] = {}
         self.away: dict[str, tuple[float, frozenset[str]]] = {}  # since when, and the tasks
         self.left: set[str] = set()

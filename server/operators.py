@@ -16,12 +16,11 @@ from google.protobuf.message import DecodeError
 
 from fedkit import __version__
 from fedkit.codec import CHUNK_BYTES, Decoder, Limits, encode
-from fedkit.config import parse
+from fedkit.config import NAME, parse
 from fedkit.errors import ConfigError, FedkitError, NoSuchRun, PayloadError, RunError
 from fedkit.protos import convert_operators as convert
 from fedkit.protos import operators_pb2 as pb
 from fedkit.protos import tensors_pb2
-from fedkit.protos.convert import NAME
 from fedkit.protos.wire import frame, unframe
 from fedkit.runfile import RunFile
 from fedkit.server.runbook import RunBook, RunStatus

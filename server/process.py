@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import grpc
 import structlog
 from prometheus_client import start_http_server
 from pydantic import Field
 
+from fedkit.address import is_loopback, parts
 from fedkit.config import Settings
 from fedkit.errors import ConfigError
 from fedkit.process import fast_loop, on_stop, tune_malloc
@@ -25,13 +24,17 @@ from fedkit.server.database import Database
 from fedkit.server.metrics import Metrics
 from fedkit.server.operators import OperatorService
 from fedkit.server.runs import Runs
+from fedkit.server.trust import Trust, listen
 from fedkit.task import Task
+from fedkit.trust.authority import Authority
+from fedkit.trust.roster import Chain
 
 __all__ = ["Coordinator", "CoordinatorSettings", "coordinate", "require_loopback"]
 
 log = structlog.get_logger("fedkit.server")
 
 _GRACE_S = 1.0
+_ROSTER_BYTES = 3 << 20  # which fits into one message
 
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 
@@ -41,6 +44,10 @@ class CoordinatorSettings(Settings):
 
     Agents send a heartbeat every `heartbeat_s`; one that is silent for two of them counts as away, and as lost when it
     has not come back within `rejoin_s`. `metrics` is an address for Prometheus, such as 127.0.0.1:9464.
+
+    With the folder of an `authority` everything is mutual TLS; without one a coordinator listens on loopback only.
+    `enrolment` is the address at which tokens are taken; `hosts` are names and addresses under which it is dialled,
+    besides those it finds itself. `roster` is the members' roster, which goes to every agent.
     """
 
     listen: str = "127.0.0.1:8443"
@@ -48,55 +55,87 @@ class CoordinatorSettings(Settings):
     heartbeat_s: Seconds = 10.0
     rejoin_s: Seconds = 30.0
     metrics: str | None = None
+    authority: Path | None = None
+    enrolment: str | None = None
+    roster: Path | None = None
+    hosts: tuple[str, ...] = ()
 
 
 def require_loopback(address: str) -> tuple[str, int]:
     """Host and port of a loopback address; raises `ConfigError` that explains why no other will do."""
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    if not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"an address is host:port, such as 127.0.0.1:8443, got {address!r}")
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).is_loopback:
-            return host, int(port)
-    raise ConfigError(
-        f"{address}: without TLS a coordinator listens on loopback only, because anybody on the network could read "
-        "models and updates and pose as a client; use 127.0.0.1 and a tunnel (such as ssh -L) between machines"
-    )
+    host, port = parts(address)
+    if not is_loopback(host):
+        raise ConfigError(
+            f"{address}: without TLS a coordinator listens on loopback only, because anybody on the network could read "
+            "models and updates and pose as a client; make an authority with fedkit ca init, and give --authority"
+        )
+    return host, port
+
+
+def _require_safe(settings: CoordinatorSettings) -> None:
+    if settings.authority is None:
+        require_loopback(settings.listen)
+        if settings.enrolment is not None or settings.hosts:
+            raise ConfigError("enrolment and hosts belong to TLS: give the folder of an authority, with --authority")
+    else:
+        parts(settings.listen)
+    if settings.metrics is not None and not is_loopback(parts(settings.metrics)[0]):
+        raise ConfigError(f"{settings.metrics}: metrics are served without TLS, so on loopback only")
+
+
+def _roster(path: Path) -> Chain:
+    chain = Chain.load(path)
+    chain.check()
+    if len(chain.to_json()) > _ROSTER_BYTES:
+        raise ConfigError(f"{path}: {_ROSTER_BYTES >> 20} MiB of roster can be sent to agents, and this one is larger")
+    return chain
 
 
 class Coordinator:
     """Everything a coordinator is made of; `start` opens its port, `stop` leaves its runs to the next one."""
 
     def __init__(self, settings: CoordinatorSettings, tasks: Mapping[str, Task]) -> None:
-        require_loopback(settings.listen)
+        _require_safe(settings)
         self._settings = settings
+        self._trust: Trust | None = None
+        if settings.authority is not None:
+            self._trust = Trust(Authority(settings.authority), settings.listen, settings.hosts)
         self.metrics = Metrics()
         self.database = Database(settings.state / "coordinator.db")
-        self.attendance = Attendance(settings.rejoin_s)
+        self.attendance = Attendance(settings.rejoin_s, None if settings.roster is None else _roster(settings.roster))
         for client in self.database.clients():
             if client.state != "left":
                 self.attendance.expect(client.name, frozenset(client.tasks))
         self.runs = Runs(settings.state, self.database, self.attendance, self.metrics, tasks)
         self._agents = AgentService(self.attendance, self.database, self.metrics, heartbeat_s=settings.heartbeat_s)
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
 
     async def start(self) -> int:
         """Listens, takes up open runs, and returns the port."""
-        services = [(agents_pb2, "Agents", self._agents), (operators_pb2, "Operators", OperatorService(self.runs))]
-        self._server.add_generic_rpc_handlers(
-            tuple(handlers(module.DESCRIPTOR.services_by_name[name], servicer) for module, name, servicer in services)
-        )
-        port = self._listen()
+        self._server.add_generic_rpc_handlers(tuple(self._services()))
+        port = listen(self._server, self._settings.listen, None if self._trust is None else self._trust.credentials)
         self._serve_metrics()
         await self._server.start()
-        self._watching = asyncio.create_task(self._watch())
+        self._watching.append(asyncio.create_task(self._watch()))
+        if self._trust is not None:
+            self._watching.append(asyncio.create_task(self._trust.watch()))
+            if self._settings.enrolment is not None:
+                await self._trust.open_enrolment(self._settings.enrolment)
         self.runs.resume()
         host = self._settings.listen.rpartition(":")[0]
         (self._settings.state / "address").write_text(f"{host}:{port}\n")
-        log.info("listening", address=f"{host}:{port}", state=str(self._settings.state))
+        tls = self._trust is not None
+        log.info("listening", address=f"{host}:{port}", tls=tls, state=str(self._settings.state))
         return port
+
+    def _services(self) -> Iterator[grpc.GenericRpcHandler[Any, Any]]:
+        operators = OperatorService(self.runs)
+        for module, name, servicer in ((agents_pb2, "Agents", self._agents), (operators_pb2, "Operators", operators)):
+            service = module.DESCRIPTOR.services_by_name[name]
+            yield handlers(service, servicer if self._trust is None else self._trust.guard.around(service, servicer))
+        if self._trust is not None:
+            yield self._trust.renewal()
 
     async def _watch(self) -> None:
         """Notices silent agents in time, and keeps the gauges fresh."""
@@ -105,15 +144,9 @@ class Coordinator:
             self.metrics.show(self.attendance.states(), self.runs.states())
             await asyncio.sleep(self._settings.heartbeat_s / 4)
 
-    def _listen(self) -> int:
-        try:
-            return self._server.add_insecure_port(self._settings.listen)
-        except RuntimeError:
-            raise ConfigError(f"{self._settings.listen} is in use by another process, or not to be had here") from None
-
     def _serve_metrics(self) -> None:
         if self._settings.metrics is not None:
-            host, port = require_loopback(self._settings.metrics)
+            host, port = parts(self._settings.metrics)
             try:
                 start_http_server(port, addr=host, registry=self.metrics.registry)
             except OSError:
@@ -125,8 +158,10 @@ class Coordinator:
         self._agents.say_stopping()
         await self.runs.close()
         await self._server.stop(_GRACE_S)
-        if self._watching is not None:
-            self._watching.cancel()
+        for watching in self._watching:
+            watching.cancel()
+        if self._trust is not None:
+            await self._trust.close()
         self.database.close()
 
 

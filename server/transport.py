@@ -142,6 +142,9 @@ class RunTransport:
             strategy=self._terms.strategy,
             holds_out_valid=self._terms.holds_out_valid,
         )
+        if self._attendance.roster is not None:
+            message.roster_version = self._attendance.roster.version
+            message.roster_digest = bytes.fromhex(self._attendance.roster.digest)
         return Errand(assignment, message, published, self._folder, self.spares, self._room)
 
     def _refused(self, assignment: Assignment, refused: Refused) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedkit import __version__
-from fedkit.errors import FedkitError
+from fedkit.cli.edge import Json, edge
+from fedkit.cli.memberships import ca, roster
 
 __all__ = ["app"]
 
@@ -24,9 +23,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
+app.add_typer(ca)
+app.add_typer(roster)
+
 Address = Annotated[
     str, typer.Option("--coordinator", envvar="FEDKIT_COORDINATOR", metavar="HOST:PORT", help="The coordinator.")
+]
+Identity = Annotated[
+    Path | None,
+    typer.Option("--identity", envvar="FEDKIT_IDENTITY", metavar="FOLDER", help="What fedkit enroll wrote; for TLS."),
 ]
 HERE = "127.0.0.1:8443"
 
@@ -47,22 +52,6 @@ class Which(enum.StrEnum):
 
     FINAL = "final"
     BEST = "best"
-
-
-@contextlib.contextmanager
-def _edge() -> Iterator[None]:
-    """An error that fedkit knows ends with its message and exit code 1; everything else keeps its traceback."""
-    from fedkit.cli import show
-
-    try:
-        yield
-    except FedkitError as error:
-        show.errors.print(f"fedkit: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt as stop:
-        text = str(stop) or "stopped; nothing half-written was left behind"
-        show.errors.print(f"fedkit: {text}", style="yellow", markup=False, highlight=False)
-        raise typer.Exit(130) from None
 
 
 def _version(wanted: bool) -> None:
@@ -92,7 +81,7 @@ def simulate(
     """Train a run file's task over simulated clients on this machine."""
     from fedkit.cli.simulated import simulated
 
-    with _edge():
+    with edge():
         simulated(run_file, task, clients.split(",") if clients else None, workers, out, as_json)
 
 
@@ -105,39 +94,42 @@ def run(
     task: Annotated[
         str | None, typer.Option(help="module:attr of the task, where it is not registered on this machine.")
     ] = None,
+    identity: Identity = None,
     as_json: Json = False,
 ) -> None:
     """Train a run file's task over the clients that attend a coordinator."""
     from fedkit.cli import networked
 
-    with _edge():
-        networked.begin(run_file, coordinator, task, out=out, detach=detach, as_json=as_json)
+    with edge():
+        networked.begin(run_file, (coordinator, identity), task, out=out, detach=detach, as_json=as_json)
 
 
 @app.command()
 def status(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Only this run.")] = None,
     coordinator: Address = HERE,
+    identity: Identity = None,
     as_json: Json = False,
 ) -> None:
     """Show who attends a coordinator and how its runs stand."""
     from fedkit.cli import networked
 
-    with _edge():
-        networked.status(run, coordinator, as_json)
+    with edge():
+        networked.status(run, (coordinator, identity), as_json)
 
 
 @app.command()
 def cancel(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run's name.")],
     coordinator: Address = HERE,
+    identity: Identity = None,
     as_json: Json = False,
 ) -> None:
     """End a run; its last committed model stands."""
     from fedkit.cli import networked
 
-    with _edge():
-        networked.cancel(run, coordinator, as_json)
+    with edge():
+        networked.cancel(run, (coordinator, identity), as_json)
 
 
 @app.command()
@@ -146,13 +138,14 @@ def models(
     coordinator: Address = HERE,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the run's model to this file.")] = None,
     which: Annotated[Which, typer.Option(help="The last committed model, or that of the best round.")] = Which.FINAL,
+    identity: Identity = None,
     as_json: Json = False,
 ) -> None:
     """List the models a coordinator keeps, or write one to a file."""
     from fedkit.cli import networked
 
-    with _edge():
-        networked.models(run, coordinator, out, which.value, as_json)
+    with edge():
+        networked.models(run, (coordinator, identity), out, which.value, as_json)
 
 
 @app.command()
@@ -164,14 +157,26 @@ def server(
     heartbeat_s: Annotated[float | None, typer.Option(help="Seconds between heartbeats.")] = None,
     rejoin_s: Annotated[float | None, typer.Option(help="Seconds a client that went away is waited for.")] = None,
     metrics: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where Prometheus may read.")] = None,
+    authority: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="What fedkit ca init wrote: mutual TLS, off loopback too.")
+    ] = None,
+    enrolment: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where those who have a token may enrol.")
+    ] = None,
+    roster: Annotated[Path | None, typer.Option(metavar="FILE", help="The members' roster, for every agent.")] = None,
+    host: Annotated[
+        list[str] | None, typer.Option(help="A name or address under which this is dialled; may be repeated.")
+    ] = None,
     log: Annotated[LogForm, typer.Option(help="How events are written to standard error.")] = LogForm.AUTO,
     tethered: Tethered = False,
 ) -> None:
     """Run a coordinator. Killed and started again on the same folder, it goes on where it was."""
     from fedkit.cli.serving import coordinating
 
-    given = {"listen": listen, "state": state, "heartbeat_s": heartbeat_s, "rejoin_s": rejoin_s, "metrics": metrics}
-    with _edge():
+    given: dict[str, object] = {"listen": listen, "state": state, "metrics": metrics, "authority": authority}
+    given |= {"heartbeat_s": heartbeat_s, "rejoin_s": rejoin_s}
+    given |= {"enrolment": enrolment, "roster": roster, "hosts": tuple(host) if host else None}
+    with edge():
         coordinating(task or [], strategy or [], log.value, given, tethered)
 
 
@@ -184,6 +189,10 @@ def client(
     task: Annotated[list[str] | None, typer.Option(help="A registered task, or module:attr; may be repeated.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="These settings and more as TOML.")] = None,
     state: Annotated[Path | None, typer.Option(help="The folder that survives: results not yet committed.")] = None,
+    identity: Identity = None,
+    roster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The members' roster: work under another one is refused.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
     parallel: Annotated[int | None, typer.Option(min=1, help="Assignments worked on at a time.")] = None,
@@ -193,9 +202,25 @@ def client(
     """Run an agent: it dials a coordinator and trains on the data of this site."""
     from fedkit.cli.serving import attending
 
-    given = {"name": name, "coordinator": coordinator, "tasks": tuple(task) if task else None, "state": state}
-    with _edge():
+    given: dict[str, object] = {"name": name, "coordinator": coordinator, "state": state, "identity": identity}
+    given |= {"tasks": tuple(task) if task else None, "roster": roster}
+    with edge():
         attending(config, log.value, given | {"device": device, "threads": threads, "parallel": parallel}, tethered)
+
+
+@app.command()
+def enroll(
+    coordinator: Annotated[str, typer.Option(metavar="HOST:PORT", help="The coordinator's enrolment port.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the key and the certificate go.")],
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The token, '-' for standard input; without it you are asked.")
+    ] = None,
+) -> None:
+    """Join a federation: make a key that never leaves this machine, and trade a token for its certificate."""
+    from fedkit.cli import trusted
+
+    with edge():
+        trusted.join(coordinator, out, token_file)
 
 
 @app.command()
@@ -211,7 +236,7 @@ def demo(
     """One model across four hospitals: five strategies compared, a plot, an ONNX file."""
     from fedkit.cli.demonstrated import demonstrated
 
-    with _edge():
+    with edge():
         demonstrated(strategy or [], out, seed, in_process=in_process, as_json=as_json)
 
 
@@ -228,7 +253,7 @@ def export(
     """Write a run's model as ONNX, checked against PyTorch."""
     from fedkit.cli.exported import exported
 
-    with _edge():
+    with edge():
         found = exported(run, out, task, best)
         _report_export(dataclasses.asdict(found) | {"path": str(found.path)}, as_json)
 

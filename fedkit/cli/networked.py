@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedkit import codec
 from fedkit.cli import show
@@ -22,11 +22,13 @@ from fedkit.task import Task
 
 __all__ = ["begin", "cancel", "models", "status"]
 
+Peer: TypeAlias = tuple[str, Path | None]  # the coordinator's address, and the folder of one's own identity
+
 _LISTED = 20  # runs in a table
 _PATIENCE_S = 1.0  # of a question; a run is waited for longer
 
 
-def begin(path: Path, address: str, task: str | None, *, out: Path | None, detach: bool, as_json: bool) -> None:
+def begin(path: Path, peer: Peer, task: str | None, *, out: Path | None, detach: bool, as_json: bool) -> None:
     """Submits a run file, shows its rounds as they happen, and keeps the result."""
     file = read(path)
     if detach and out is not None:
@@ -34,7 +36,7 @@ def begin(path: Path, address: str, task: str | None, *, out: Path | None, detac
     known = None if detach and task is None else choose_task(task, file.run.task)
     if file.run.task is None and known is not None:
         file = file.replace(run=file.run.replace(task=known.name))
-    with connect(address) as coordinator:
+    with connect(*peer) as coordinator:
         name = coordinator.submit_file(file)
         if known is None or detach:
             _report_begun(name, as_json)
@@ -85,12 +87,12 @@ def _report(result: Result, name: str, out: Path | None, as_json: bool) -> None:
     show.console.print(f"\nNext: {where}", highlight=False)
 
 
-def status(run: str | None, address: str, as_json: bool) -> None:
+def status(run: str | None, peer: Peer, as_json: bool) -> None:
     """Shows clients and runs, or one run and who works for it."""
-    with connect(address, patience_s=_PATIENCE_S) as coordinator:
+    with connect(*peer, patience_s=_PATIENCE_S) as coordinator:
         found = coordinator.status(run or "")
     if as_json:
-        show.print_json({"coordinator": address, **dataclasses.asdict(found)})
+        show.print_json({"coordinator": peer[0], **dataclasses.asdict(found)})
         return
     clients = [client for client in found.clients if run is None or run in {job.run for job in client.jobs}]
     if clients:
@@ -122,9 +124,9 @@ def _show_last(run: RunStatus) -> None:
         _say(f"\nNext: fedkit models {run.name} --out FILE ({', '.join(run.models)})")
 
 
-def cancel(run: str, address: str, as_json: bool) -> None:
+def cancel(run: str, peer: Peer, as_json: bool) -> None:
     """Ends a run."""
-    with connect(address, patience_s=_PATIENCE_S) as coordinator:
+    with connect(*peer, patience_s=_PATIENCE_S) as coordinator:
         found = coordinator.cancel(run)
     if as_json:
         show.print_json(dataclasses.asdict(found))
@@ -134,11 +136,11 @@ def cancel(run: str, address: str, as_json: bool) -> None:
         _say(f"{run} was over already: {found.state} after round {found.round}")
 
 
-def models(run: str | None, address: str, out: Path | None, which: str, as_json: bool) -> None:
+def models(run: str | None, peer: Peer, out: Path | None, which: str, as_json: bool) -> None:
     """Lists models, or writes one to a file."""
     if out is not None and run is None:
         raise ConfigError("--out FILE takes the model of one run: fedkit models RUN --out FILE")
-    with connect(address, patience_s=_PATIENCE_S) as coordinator:
+    with connect(*peer, patience_s=_PATIENCE_S) as coordinator:
         if run is not None and out is not None:
             _write(coordinator, run, out, which, as_json)
         else:

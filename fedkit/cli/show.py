@@ -27,6 +27,7 @@ __all__ = [
     "errors",
     "models",
     "print_json",
+    "print_line",
     "rounds",
     "runs",
     "test_scores",
@@ -41,6 +42,11 @@ _SHOWN = 18  # rounds a live table holds; longer runs show the evaluated ones
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     print(json.dumps(value, indent=2))
+
+
+def print_line(text: str) -> None:
+    """Text for another program, or for copying: as it is, on a line of its own."""
+    print(text)
 
 
 def busy(what: str, quiet: bool) -> contextlib.AbstractContextManager[Any]:

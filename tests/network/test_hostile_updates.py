@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
-import threading
 import urllib.request
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +22,10 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.protos.wire import SESSION_KEY, frame
 from fedkit.server import agents as service
-from fedkit.server.process import Coordinator, CoordinatorSettings
+from fedkit.server.process import CoordinatorSettings
 from fedkit.strategies import FedAvg
 from tests.network import tasks
+from tests.network.inside import Inside, free_port
 from tests.network.scripted import EOF, PATIENCE_S, Agent, Answer, Hand, Talk, honest, update
 
 T = TypeVar("T")
@@ -38,33 +37,17 @@ MODEL_BYTES = 4 * 75
 PARTICIPATION = fedkit.Participation(max_update_norm=1e6)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Place:
-    """A coordinator in a thread of its own, with the event loop in which the scripted agents live too."""
+class Place(Inside):
+    """A coordinator with the event loop in which the scripted agents live too."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.metrics = f"127.0.0.1:{free_port()}"
         self._numbers = itertools.count()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-        self.address = f"127.0.0.1:{self.do(self._begin())}"
-
-    async def _begin(self) -> int:
         settings = CoordinatorSettings(
-            listen="127.0.0.1:0", state=self.folder, metrics=self.metrics, heartbeat_s=5.0, rejoin_s=0.1
+            listen="127.0.0.1:0", state=folder, metrics=self.metrics, heartbeat_s=5.0, rejoin_s=0.1
         )
-        self.coordinator = Coordinator(settings, {"plain": tasks.plain})
-        return await self.coordinator.start()
-
-    def do(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(2 * PATIENCE_S)
+        super().__init__(settings, {"plain": tasks.plain})
 
     def run(self, *answers: tuple[str, Answer], rounds: int = 2, raw: bool = False, **changes: Any) -> fedkit.Result:
         """A run with the honest clients and those given; none of them is here afterwards."""
@@ -91,12 +74,6 @@ class Place:
         with urllib.request.urlopen(f"http://{self.metrics}/metrics") as reply:
             lines = [line for line in reply.read().decode().splitlines() if not line.startswith("#")]
         return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
-
-    def close(self) -> None:
-        self.do(self.coordinator.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 @pytest.fixture(scope="module")

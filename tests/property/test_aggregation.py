@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedkit.aggregation import Fold, KeepFold, Mean, MeanFold, SumFold
+from fedkit.aggregation import _THREADS, Fold, KeepFold, Mean, MeanFold, SumFold
 from fedkit.errors import Reason
 from fedkit.spool import reopen
 from fedkit.weights import Entry, Manifest, Weights
@@ -225,7 +225,7 @@ def test_a_fold_of_files_takes_the_memory_of_its_result_and_a_little_whoever_sen
     mean = folded(manifest, {f"c{i}": one for i in range(clients)})
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert mean.update.vector.nbytes + mean.extra["control"].nbytes <= peak < 8 * size + (6 << 20)
+    assert mean.update.vector.nbytes + mean.extra["control"].nbytes <= peak < 8 * size + ((1 + _THREADS) << 22)
 
 
 def test_a_file_that_is_gone_ends_the_fold_and_leaves_no_other_open(tmp_path):

@@ -52,7 +52,7 @@ def test_loopback_needs_no_credentials(address: str) -> None:
     "address", ["coordinator:8443", "10.0.0.1:8443", "localhost.example:1", "0.0.0.0:1", "[2001:db8::1]:1"]
 )
 def test_off_loopback_credentials_are_needed(address: str) -> None:
-    with pytest.raises(ConfigError, match="off loopback TLS credentials are needed; this version has none yet"):
+    with pytest.raises(ConfigError, match=r"off loopback an identity is needed, .* give --identity FOLDER"):
         connect(address)
 
 

@@ -1,0 +1,57 @@
+"""The newest version of the roster that this site has accepted: kept across restarts, and never taken back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedkit.errors import Reason, Refused
+from fedkit.trust.roster import Chain, Version
+
+__all__ = ["KnownRoster"]
+
+
+class KnownRoster:
+    """The roster kept at `path`. The first one comes from the file its people `gave`, never from a coordinator.
+
+    Raises `TrustError` where what was given is not complete, or does not follow from what is known.
+    """
+
+    def __init__(self, path: Path, gave: Path | None) -> None:
+        self._path = path
+        self._chain = Chain.load(path) if path.exists() else None
+        if gave is not None:
+            self._accept(Chain.load(gave))
+
+    @property
+    def version(self) -> Version | None:
+        """The version that counts here; None where this site keeps no roster."""
+        return None if self._chain is None else self._chain.last
+
+    def hear(self, text: str) -> bool:
+        """Accepts what a coordinator passes on, if this site keeps a roster; whether that was news.
+
+        Raises `TrustError`.
+        """
+        return self._chain is not None and self._accept(Chain.from_json(text))
+
+    def _accept(self, chain: Chain) -> bool:
+        known = self.version
+        if self._chain is not None and chain.versions == self._chain.versions[: len(chain.versions)]:
+            return False  # known already, or an older copy of the same
+        found = chain.check(known)
+        if known is not None and found.version == known.version:
+            return False
+        chain.save(self._path)
+        self._chain = chain
+        return True
+
+    def require(self, version: int, digest: bytes) -> None:
+        """Raises `Refused` unless an assignment was made under the roster that counts here."""
+        known = self.version
+        if known is None or (version, digest.hex()) == (known.version, known.digest):
+            return
+        theirs = f"version {version} ({digest.hex()[:16]})" if digest else "no roster"
+        text = (
+            f"this site knows version {known.version} of the roster ({known.digest[:16]}), the coordinator has {theirs}"
+        )
+        raise Refused(Reason.POLICY, text)

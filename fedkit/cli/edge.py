@@ -1,0 +1,31 @@
+"""The edge at which every error becomes one clear message."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from fedkit.errors import FedkitError
+
+__all__ = ["Json", "edge"]
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
+
+
+@contextlib.contextmanager
+def edge() -> Iterator[None]:
+    """An error that fedkit knows ends with its message and exit code 1; everything else keeps its traceback."""
+    from fedkit.cli import show
+
+    try:
+        yield
+    except FedkitError as error:
+        show.errors.print(f"fedkit: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt as stop:
+        text = str(stop) or "stopped; nothing half-written was left behind"
+        show.errors.print(f"fedkit: {text}", style="yellow", markup=False, highlight=False)
+        raise typer.Exit(130) from None
