@@ -12,7 +12,7 @@ from typing import Any
 from bench.processes import ROOT, Bare, Federation, command
 from bench.table import Figure, alternate
 
-__all__ = ["coordinator_memory", "first_round", "network_rounds"]
+__all__ = ["coordinator_memory", "first_round", "network_rounds", "tls_cost"]
 
 CLIENTS = 10
 TURNS = {1: 40, 25: 8, 100: 4}  # megabytes: rounds before the other side has its turn
@@ -78,6 +78,16 @@ def _peer(folder: str, megabytes: int, python: str) -> dict[str, Any]:
     size = ("--bytes", str(megabytes * 1_000_000), "--clients", str(CLIENTS), "--limit", str(PEER_LIMIT_S))
     done = subprocess.run([python, script, *size, "--rounds", "4"], capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1])) if done.returncode == 0 else {"error": done.stderr[-300:]}
+
+
+def tls_cost() -> Figure:
+    """A round of 25 MB over mutual TLS against the same without."""
+    with Federation("mb25", CLIENTS) as plain, Federation("mb25", CLIENTS, tls=True) as secured:
+        plain.wait()
+        secured.wait()
+        ratio, with_tls, without = alternate(lambda: secured.rounds(8), lambda: plain.rounds(8), times=3)
+    note = f"{with_tls:.3g} s against {without:.3g} s"
+    return Figure(f"round of {CLIENTS} agents, 25 MB, TLS / plaintext", ratio, "<= 1.4", note)
 
 
 def coordinator_memory() -> list[Figure]:

@@ -17,9 +17,12 @@ from pathlib import Path
 from types import TracebackType
 
 import fedkit
+import fedkit.remote
 from bench import echo
 from bench.bare.coordinator import cpu_seconds
 from fedkit.strategies import FedAvg
+from fedkit.trust.authority import Authority
+from fedkit.trust.certificates import Role
 
 __all__ = ["ROOT", "Bare", "Federation", "command", "free_port"]
 
@@ -58,7 +61,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 class Federation:
     """A coordinator and its agents, started on entry, over on exit. `task` names one of `bench.echo`."""
 
-    def __init__(self, task: str, clients: int) -> None:
+    def __init__(self, task: str, clients: int, *, tls: bool = False) -> None:
+        self.tls = tls
         self.task: fedkit.Task = getattr(echo, task)
         self.clients = clients
         self.address = f"127.0.0.1:{free_port()}"
@@ -68,6 +72,7 @@ class Federation:
 
     def __enter__(self) -> Federation:
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        self._identities = self._enrolled() if self.tls else {}
         with self._stack:
             self.start()
             self._stack = self._stack.pop_all()
@@ -78,12 +83,27 @@ class Federation:
 
     def start(self) -> None:
         """Begins every process at once; waits for none."""
-        where = ("--listen", self.address, "--state", str(self.folder / "server"))
-        self._begin("server", "server", *where)
-        for index in range(self.clients):
-            name = f"c{index:02d}"
-            where = ("--coordinator", self.address, "--state", str(self.folder / name))
-            self._begin(name, "client", "--name", name, "--threads", "1", *where)
+        where = ["--listen", self.address, "--state", str(self.folder / "server")]
+        self._begin("server", "server", *where, *(["--authority", str(self.folder / "ca")] if self.tls else []))
+        for name in self._names():
+            where = ["--coordinator", self.address, "--state", str(self.folder / name)]
+            shown = ["--identity", str(self._identities[name])] if self.tls else []
+            self._begin(name, "client", "--name", name, "--threads", "1", *where, *shown)
+
+    def _names(self) -> list[str]:
+        return [f"c{index:02d}" for index in range(self.clients)]
+
+    def _enrolled(self) -> dict[str, Path]:
+        authority = Authority.create(self.folder / "ca", "bench")
+        roles = {**dict.fromkeys(self._names(), Role.AGENT), "operator": Role.OPERATOR}
+        try:
+            return {name: authority.member(role, name).save(self.folder / f"id-{name}") for name, role in roles.items()}
+        finally:
+            authority.close()
+
+    def connect(self, patience_s: float = 300.0) -> fedkit.remote.Coordinator:
+        """The coordinator, as an operator sees it."""
+        return fedkit.connect(self.address, self._identities.get("operator"), patience_s=patience_s)
 
     def _begin(self, name: str, *arguments: str) -> None:
         process = command(*arguments, *self._registered, log=self.folder / f"{name}.log")
@@ -102,7 +122,7 @@ class Federation:
 
     def _attending(self) -> int:
         try:
-            with fedkit.connect(self.address, patience_s=0.0) as coordinator:
+            with self.connect(patience_s=0.0) as coordinator:
                 return sum(client.state == "ready" for client in coordinator.status().clients)
         except fedkit.FedkitError:
             return 0
@@ -111,7 +131,7 @@ class Federation:
         """The median seconds between the commits of `count` + 1 rounds of FedAvg."""
         marks: list[float] = []
         strategy = FedAvg(rounds=count + 1, local=fedkit.Fit(steps=1))
-        with fedkit.connect(self.address) as coordinator:
+        with self.connect() as coordinator:
             result = coordinator.run(
                 self.task,
                 strategy,
