@@ -248,7 +248,7 @@ class Agent:
             self._errands[message.id].line = line
             return
         about = _about(message, self._settings.name)
-        log.debug("assignment", **about, work=message.WhichOneof("work"))
+        log.info("assignment", **about, work=message.WhichOneof("work"), model=message.model_digest.hex())
         errand = self._errands[message.id] = _Errand(message, line, payload)
         errand.task = asyncio.create_task(self._do(errand, about))
         errand.task.add_done_callback(lambda task: self._ended(task, errand, about))
@@ -296,7 +296,7 @@ class Agent:
         facts = {name: outcome[name] for name in Stored.__slots__ if name in outcome}
         stored = Stored(**(facts | {"id": message.id, "run": message.run}))
         self._outbox.put(stored, has_state=outcome["has_state"])
-        log.info("stored", **_about(message, self._settings.name), bytes=stored.payload_bytes)
+        log.info("stored", **_about(message, self._settings.name), bytes=stored.payload_bytes, result=stored.digest)
 
     def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None) -> Job:
         return Job(
@@ -369,6 +369,9 @@ class Agent:
 
     def _settle(self, settlement: pb.Settlement) -> None:
         self._outbox.settle(settlement.accepted, settlement.dropped)
+        if settlement.accepted or settlement.dropped:
+            news = {"accepted": list(settlement.accepted), "dropped": list(settlement.dropped)}
+            log.info("settled", client=self._settings.name, **news)
         for key in settlement.dropped:
             self._cancel(key)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from fedkit.audit import AuditLog
 from fedkit.client.nursery import Nursery
 from fedkit.client.settings import AgentSettings
 from fedkit.client.worker import Outfit
+from fedkit.logs import keep
 from fedkit.process import fast_loop, on_stop, tune_malloc
 from fedkit.registry import choose_task
 from fedkit.task import Task
@@ -42,6 +44,7 @@ async def _attend(settings: AgentSettings, tasks: list[str], nursery: Nursery, t
 
     folder = Path(settings.state) / settings.name
     outbox = Outbox(folder / "outbox")
+    keep(AuditLog(folder / "audit.log"))
     inbox, trainers = Inbox(folder / "inbox", settings.parallel + 1), Trainers(nursery, settings.parallel)
     agent = Agent(settings, tasks, outbox, inbox, trainers, KnownRoster(folder / "roster.json", settings.roster))
     on_stop(agent.stop, tethered=tethered)

@@ -14,7 +14,20 @@ from typing import Literal
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
-__all__ = ["LogFormat", "configure", "where"]
+from fedkit.audit import AuditLog
+from fedkit.errors import StorageError
+
+__all__ = ["LogFormat", "configure", "keep", "where"]
+
+# What the audit log keeps. Nothing that a stranger can cause without a certificate: it would fill the disk.
+_AUDITED = frozenset(
+    {
+        *("listening", "submitted", "cancelled", "run taken up", "run over", "round committed", "refused"),
+        *("client here", "client gone", "call ended", "turned away", "enrolled", "renewed", "revoked"),
+        *("connected", "assignment", "assignment failed", "stored", "settled", "result refused"),
+        *("roster changed", "roster refused", "certificate renewed", "certificate not renewed"),
+    }
+)
 
 LogFormat = Literal["auto", "json", "text"]
 
@@ -34,6 +47,21 @@ def configure(form: LogFormat = "auto", level: str = "info") -> None:
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def keep(audit: AuditLog) -> None:
+    """From now on, this process writes the events that count into an audit log too."""
+
+    def noted(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:  # noqa: ARG001
+        if event.get("event") in _AUDITED:
+            try:
+                audit.write({name: value for name, value in event.items() if name not in ("level", "timestamp")})
+            except StorageError as error:
+                return {**event, "level": "error", "missing_in_audit_log": str(error)}
+        return event
+
+    processors = structlog.get_config()["processors"]
+    structlog.configure(processors=[*processors[:-1], noted, processors[-1]])
 
 
 def where(error: BaseException) -> list[str]:

@@ -51,7 +51,7 @@ class Guard:
     """Lets calls through by the certificates they are made with. `revoked` are serial numbers."""
 
     def __init__(self, revoked: Collection[int] = ()) -> None:
-        self._revoked = frozenset(revoked)
+        self.revoked = frozenset(revoked)
         self._calls: defaultdict[int, set[_Call]] = defaultdict(set)
 
     def around(self, service: ServiceDescriptor, servicer: object) -> object:
@@ -60,8 +60,8 @@ class Guard:
 
     def revoke(self, serials: Collection[int]) -> None:
         """From now on these are the revoked certificates; open calls made with one of them end."""
-        self._revoked = frozenset(serials)
-        for serial in self._revoked & self._calls.keys():
+        self.revoked = frozenset(serials)
+        for serial in self.revoked & self._calls.keys():
             for call in list(self._calls[serial]):
                 call.end("the certificate was revoked")
 
@@ -93,8 +93,8 @@ class Guard:
         except TrustError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
             raise AssertionError("abort raises") from None
-        if found.serial in self._revoked or found.expires <= time.time():
-            why = "revoked" if found.serial in self._revoked else "expired"
+        if found.serial in self.revoked or found.expires <= time.time():
+            why = "revoked" if found.serial in self.revoked else "expired"
             log.warning("turned away", role=found.role.value, name=found.name, why=why)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"the certificate was {why}: {_ENROL}")
         if found.role not in roles:

@@ -13,8 +13,10 @@ from prometheus_client import start_http_server
 from pydantic import Field
 
 from fedkit.address import is_loopback, parts
+from fedkit.audit import AuditLog
 from fedkit.config import Settings
 from fedkit.errors import ConfigError
+from fedkit.logs import keep
 from fedkit.process import fast_loop, on_stop, tune_malloc
 from fedkit.protos import agents_pb2, operators_pb2
 from fedkit.protos.wire import SERVER_OPTIONS, handlers
@@ -173,7 +175,8 @@ def coordinate(settings: CoordinatorSettings, tasks: Mapping[str, Task], *, teth
 
 
 async def _coordinate(settings: CoordinatorSettings, tasks: Mapping[str, Task], tethered: bool) -> None:
-    coordinator = Coordinator(settings, tasks)
+    coordinator = Coordinator(settings, tasks)  # it holds the folder from here on
+    keep(AuditLog(settings.state / "audit.log"))
     stopping = asyncio.Event()
     on_stop(stopping.set, tethered=tethered)
     await coordinator.start()

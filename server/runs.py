@@ -175,8 +175,10 @@ class Runs:
 
     def _committed(self, live: _Live, record: RoundRecord) -> None:
         self._metrics.rounds.labels(outcome="committed").inc()
+        last = live.journal.last()
         log.info(
             "round committed",
+            model="" if last is None else last.model.digest,
             round=record.round,
             clients=len(record.clients),
             seconds=round(record.seconds, 3),

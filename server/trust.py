@@ -80,7 +80,10 @@ class Trust:
         seen = self._authority.changes()
         if seen != self._seen:
             self._seen = seen
-            self.guard.revoke(self._authority.revoked())
+            revoked = self._authority.revoked()
+            for serial in sorted(revoked - self.guard.revoked):
+                log.info("revoked", serial=f"{serial:x}")
+            self.guard.revoke(revoked)
         if time.time() >= self._identity.renew_at:
             self._identity = self._fresh = self._authority.identity(_NAME, self._hosts)
 

@@ -11,7 +11,7 @@ import typer
 
 from fedkit import __version__
 from fedkit.cli.edge import Json, edge
-from fedkit.cli.memberships import ca, roster
+from fedkit.cli.memberships import audit_log, ca, roster
 
 __all__ = ["app"]
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 
 app.add_typer(ca)
 app.add_typer(roster)
+app.add_typer(audit_log)
 
 Address = Annotated[
     str, typer.Option("--coordinator", envvar="FEDKIT_COORDINATOR", metavar="HOST:PORT", help="The coordinator.")

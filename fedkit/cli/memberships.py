@@ -1,16 +1,18 @@
-"""`fedkit ca` and `fedkit roster`: who is let in, and whom the members themselves know."""
+"""`fedkit ca`, `roster` and `audit-log`: who is let in, whom the members know, and what was done."""
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fedkit import audit
 from fedkit.cli.edge import Json, edge
 
-__all__ = ["ca", "roster"]
+__all__ = ["audit_log", "ca", "roster"]
 
 ca = typer.Typer(name="ca", help="The federation's certificate authority: who is let in.", no_args_is_help=True)
 CaFolder = Annotated[Path, typer.Option("--authority", metavar="FOLDER", help="What fedkit ca init wrote.")]
@@ -138,3 +140,31 @@ def roster_show(path: RosterFile, as_json: Json = False) -> None:
 
     with edge():
         rosters.show_roster(path, as_json)
+
+
+audit_log = typer.Typer(name="audit-log", no_args_is_help=True)
+
+
+@audit_log.callback()
+def _audit_log() -> None:
+    """The record of what a coordinator or agent has done."""
+
+
+@audit_log.command("verify")
+def audit_log_verify(
+    path: Annotated[Path, typer.Argument(metavar="AUDIT.log", help="audit.log of a coordinator's or agent's folder.")],
+    head: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A copy of the head that was kept elsewhere.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify an audit log: it names the first line that was altered, removed or moved."""
+    from fedkit.cli import show
+
+    with edge():
+        found = audit.verify(path, head)
+        if as_json:
+            show.print_json(dataclasses.asdict(found))
+        else:
+            text = f"{path}: {found.lines} lines, {found.since} to {found.until}, as they were written"
+            show.console.print(f"{text}\ndigest {found.digest}", highlight=False, markup=False)

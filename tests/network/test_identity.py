@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import importlib
+import json
 import pkgutil
 import socket
 import threading
@@ -19,6 +20,7 @@ from google.protobuf.descriptor import MethodDescriptor
 
 import fedkit
 from fedkit import protos
+from fedkit.audit import verify
 from fedkit.client.settings import read
 from fedkit.enrolment import enroll
 from fedkit.errors import ConfigError, TrustError, Unreachable
@@ -102,7 +104,7 @@ class Credentials:
         self.revoked = {role: ca.member(role, "mallory") for role in (Role.AGENT, Role.OPERATOR)}
         ca.revoke("mallory")
         serials = {one.holder.serial for one in self.revoked.values()}
-        eventually(lambda: serials <= place.coordinator._trust.guard._revoked, "the revocation is heard of")
+        eventually(lambda: serials <= place.coordinator._trust.guard.revoked, "the revocation is heard of")
         old.close()
         foreign.close()
 
@@ -450,7 +452,13 @@ def test_a_run_over_tls_gives_the_same_bits_and_its_logs_hold_no_secret(tmp_path
         with pytest.raises(Unreachable, match="speaks TLS"), fedkit.connect(federation.address, patience_s=0) as nobody:
             nobody.status()
     assert over.weights == fedkit.simulate(tasks.plain, strategy, clients=CLIENTS, seed=5, progress=False).weights
-    logs = b"".join(path.read_bytes() for path in (tmp_path / "logs").iterdir())
+    audits = sorted(tmp_path.rglob("audit.log"))
+    assert len(audits) == 1 + len(CLIENTS)
+    assert all(verify(path).lines > 4 for path in audits)
+    kept = [json.loads(line) for path in audits for line in path.read_text().splitlines()]
+    assert over.weights.digest in {one["model"] for one in kept if one["event"] == "round committed"}
+    assert {one["client"] for one in kept if one["event"] == "settled"} == set(CLIENTS)
+    logs = b"".join(path.read_bytes() for path in [*(tmp_path / "logs").iterdir(), *audits])
     assert b'"tls": true' in logs
     for path in tmp_path.rglob("*.pem"):
         if "key" in path.name:

@@ -1,0 +1,171 @@
+"""The audit log: one line an event, each with the digest of the line before, so that nobody can change it unnoticed.
+
+A line is a JSON object with sorted keys and no spaces. `line` counts from 1, `previous` is the digest of the line
+before (empty in the first), `digest` is BLAKE3 (hex) of the same object without `digest`. Beside the file stands one
+with the ending `.head`, which holds the number and digest of the last line: without it, lines missing at the end could
+not be told. Whoever can write both files can write another history: copy the head elsewhere now and then.
+
+Lines are written without flushing the disk: they outlive the process, and the last ones may be lost with the machine's
+power. What must not be lost is in the journal and the outbox.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from fedkit.errors import StorageError, TrustError
+
+__all__ = ["AuditLog", "Verified", "verify"]
+
+_LONGEST = 1 << 20  # bytes of one line
+_HEAD_BYTES = 96
+_OURS = frozenset({"at", "line", "previous", "digest"})
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What an intact log holds: how many lines, the last digest, and the time of the first and last line."""
+
+    lines: int
+    digest: str
+    since: str
+    until: str
+
+
+class AuditLog:
+    """Appends to the file at `path`; one process at a time. Raises `StorageError` where the disk does not do its part.
+
+    A line that a crash cut short was no record yet, and is taken away.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self._head = os.open(_head_of(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._line, self._digest = _end_of(self._file)
+            noted = _head(_head_of(path))
+            self._mark()
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}; free space or mend the disk") from error
+        if noted is not None and noted[0] > self._line:
+            self.write({"event": "audit log is shorter than its head", "lines": self._line, "head": noted[0]})
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Appends one event: strings, numbers, and lists and mappings of them. Names the log needs get a `_` behind."""
+        now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+        values = {f"{name}_" if name in _OURS else name: value for name, value in event.items()}
+        values |= {"at": now, "line": self._line + 1, "previous": self._digest}
+        digest = _digest(values)
+        raw = _dumped(values | {"digest": digest}) + b"\n"
+        try:
+            size = os.fstat(self._file).st_size
+            if os.write(self._file, raw) != len(raw):
+                os.ftruncate(self._file, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise StorageError(f"{self.path}: {error.strerror}; free space or mend the disk") from error
+        self._line, self._digest = self._line + 1, digest
+        self._mark()
+
+    def _mark(self) -> None:
+        os.pwrite(self._head, f"{self._line:>20} {self._digest:<64}\n".encode().ljust(_HEAD_BYTES), 0)
+
+    def close(self) -> None:
+        """Closes the files."""
+        os.close(self._file)
+        os.close(self._head)
+
+
+def verify(path: Path, head: Path | None = None) -> Verified:
+    """What the log at `path` holds, if it is as it was written; raises `TrustError` that names the first wrong line.
+
+    `head` is a copy of the head from elsewhere (None: the one beside the log). With an older copy, the line it names
+    must still be there.
+    """
+    first: dict[str, Any] | None = None
+    last: dict[str, Any] = {"line": 0, "digest": "", "at": ""}
+    wanted = _head(head or _head_of(path))
+    for number, raw in enumerate(_lines(path), 1):
+        last = _checked(path, number, raw, last)
+        first = first or last
+        if wanted is not None and number == wanted[0] and last["digest"] != wanted[1]:
+            raise TrustError(f"{path}, line {number}: the log was written anew up to here; the head knows another line")
+    if wanted is not None and last["line"] < wanted[0]:
+        text = f"line {last['line'] + 1} and what follows, up to line {wanted[0]}, was removed from the end"
+        raise TrustError(f"{path}: {text}")
+    return Verified(int(last["line"]), str(last["digest"]), str((first or last)["at"]), str(last["at"]))
+
+
+def _checked(path: Path, number: int, raw: bytes, before: Mapping[str, Any]) -> dict[str, Any]:
+    where = f"{path}, line {number}"
+    try:
+        values = json.loads(raw)
+        line, digest = values["line"], values.pop("digest")
+        intact = isinstance(line, int) and raw == _dumped(values | {"digest": digest}) and digest == _digest(values)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise TrustError(f"{where}: altered")
+    if values["previous"] != before["digest"] or line != number:
+        moved = f"this is line {line}" if line != number else "it does not follow from the one before"
+        raise TrustError(f"{where}: {moved}; a line was removed before it, or moved")
+    return {**values, "digest": digest}
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            while raw := file.readline(_LONGEST):
+                yield raw.removesuffix(b"\n") if raw.endswith(b"\n") else b""
+    except OSError as error:
+        raise TrustError(f"{path}: {error.strerror or error}") from None
+
+
+def _head(path: Path) -> tuple[int, str] | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+        number, _, digest = text.partition(" ")
+        return (int(number), digest.strip()) if text else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise TrustError(f"{path}: this is not the head of an audit log") from None
+
+
+def _end_of(file: int) -> tuple[int, str]:
+    """Number and digest of the last whole line; what stands behind it is cut off."""
+    size = os.fstat(file).st_size
+    tail = os.pread(file, min(size, 2 * _LONGEST), max(size - 2 * _LONGEST, 0))
+    whole = tail[: tail.rfind(b"\n") + 1]
+    if len(whole) < len(tail):
+        os.ftruncate(file, size - len(tail) + len(whole))
+    if not whole:
+        return 0, ""
+    try:
+        last = json.loads(whole[:-1].rpartition(b"\n")[2])
+        return int(last["line"]), str(last["digest"])
+    except (ValueError, TypeError, KeyError):
+        raise StorageError("the audit log's last line is not one: move the file away, and keep it") from None
+
+
+def _head_of(path: Path) -> Path:
+    return path.with_name(path.name + ".head")
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return blake3(_dumped(values)).hexdigest()
+
+
+def _dumped(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), default=str).encode()
