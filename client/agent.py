@@ -248,7 +248,7 @@ class Agent:
             self._errands[message.id].line = line
             return
         about = _about(message, self._settings.name)
-        log.info("assignment", **about, work=message.WhichOneof("work"), model=message.model_digest.hex())
+        log.debug("assignment", **about, work=message.WhichOneof("work"))
         errand = self._errands[message.id] = _Errand(message, line, payload)
         errand.task = asyncio.create_task(self._do(errand, about))
         errand.task.add_done_callback(lambda task: self._ended(task, errand, about))
@@ -296,7 +296,9 @@ class Agent:
         facts = {name: outcome[name] for name in Stored.__slots__ if name in outcome}
         stored = Stored(**(facts | {"id": message.id, "run": message.run}))
         self._outbox.put(stored, has_state=outcome["has_state"])
-        log.info("stored", **_about(message, self._settings.name), bytes=stored.payload_bytes, result=stored.digest)
+        asked = {"work": message.WhichOneof("work"), "model": message.model_digest.hex()}
+        about = _about(message, self._settings.name)
+        log.info("stored", **about, **asked, bytes=stored.payload_bytes, result=stored.digest)
 
     def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None) -> Job:
         return Job(

@@ -59,7 +59,7 @@ class Inbox:
         if not self.knows(message) or self.find(message) is not None:
             return
         Spool.forget(self._folder / message.model_digest.hex())
-        spool = self.begin(message)
+        spool = self._open(message)
         try:
             spool.feed(payload)
             self.finish(message, spool)
@@ -75,12 +75,15 @@ class Inbox:
 
     def begin(self, message: pb.Assignment) -> Spool:
         """Where the payload goes, once its manifest is known; raises `PayloadError` where the lengths differ."""
+        self._forget_old(message.model_digest.hex())
+        return self._open(message)
+
+    def _open(self, message: pb.Assignment) -> Spool:
         manifest = self._manifests[message.manifest_digest]
         due = 4 * (manifest.size + sum(convert.extras_from_proto(message.extras, manifest.size).values()))
         if message.model_bytes != due or len(message.model_digest) != 32:
             raise PayloadError(f"{message.model_bytes} bytes are announced, the model needs {due}")
         path = self._folder / message.model_digest.hex()
-        self._forget_old(path)
         return Spool(path, manifest.digest, due, message.model_digest, spares=self._spares)
 
     def finish(self, message: pb.Assignment, spool: Spool) -> tuple[Path, Manifest]:
@@ -91,11 +94,11 @@ class Inbox:
             self._spares.give(self._folder / self._used.pop(0))
         return path, self._manifests[message.manifest_digest]
 
-    def _forget_old(self, path: Path) -> None:
+    def _forget_old(self, name: str) -> None:
         """Of the downloads that broke off, the last `keep` may go on."""
         parts = sorted(self._folder.glob("*.part"), key=lambda part: part.stat().st_mtime_ns)
         for part in parts[: -self._keep]:
-            if part.stem != path.name:
+            if part.stem != name:
                 part.unlink(missing_ok=True)
 
     def _touch(self, name: str) -> None:

@@ -1,9 +1,9 @@
 """The audit log: one line an event, each with the digest of the line before, so that nobody can change it unnoticed.
 
-A line is a JSON object with sorted keys and no spaces. `line` counts from 1, `previous` is the digest of the line
-before (empty in the first), `digest` is BLAKE3 (hex) of the same object without `digest`. Beside the file stands one
-with the ending `.head`, which holds the number and digest of the last line: without it, lines missing at the end could
-not be told. Whoever can write both files can write another history: copy the head elsewhere now and then.
+A line is a JSON object with sorted keys and no spaces, and behind them `digest`: BLAKE3 (hex) of the same object
+without it. `line` counts from 1, `previous` is the digest of the line before, empty in the first. Beside the file
+stands one with the ending `.head`, which holds the number and digest of the last line: without it, lines missing at
+the end could not be told. Whoever can write both files can write another history: copy the head elsewhere now and then.
 
 Lines are written without flushing the disk: they outlive the process, and the last ones may be lost with the machine's
 power. What must not be lost is in the journal and the outbox.
@@ -28,6 +28,7 @@ __all__ = ["AuditLog", "Verified", "verify"]
 
 _LONGEST = 1 << 20  # bytes of one line
 _HEAD_BYTES = 96
+_TAIL = b',"digest":"%s"}'
 _OURS = frozenset({"at", "line", "previous", "digest"})
 
 
@@ -66,8 +67,9 @@ class AuditLog:
         now = dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
         values = {f"{name}_" if name in _OURS else name: value for name, value in event.items()}
         values |= {"at": now, "line": self._line + 1, "previous": self._digest}
-        digest = _digest(values)
-        raw = _dumped(values | {"digest": digest}) + b"\n"
+        body = _dumped(values)
+        digest = blake3(body).hexdigest()
+        raw = body[:-1] + _TAIL % digest.encode() + b"\n"
         try:
             size = os.fstat(self._file).st_size
             if os.write(self._file, raw) != len(raw):
@@ -112,7 +114,8 @@ def _checked(path: Path, number: int, raw: bytes, before: Mapping[str, Any]) -> 
     try:
         values = json.loads(raw)
         line, digest = values["line"], values.pop("digest")
-        intact = isinstance(line, int) and raw == _dumped(values | {"digest": digest}) and digest == _digest(values)
+        body = _dumped(values)
+        intact = digest == blake3(body).hexdigest() and raw == body[:-1] + _TAIL % digest.encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         intact = False
     if not intact:
@@ -161,10 +164,6 @@ def _end_of(file: int) -> tuple[int, str]:
 
 def _head_of(path: Path) -> Path:
     return path.with_name(path.name + ".head")
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    return blake3(_dumped(values)).hexdigest()
 
 
 def _dumped(values: Mapping[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ _AUDITED = frozenset(
     {
         *("listening", "submitted", "cancelled", "run taken up", "run over", "round committed", "refused"),
         *("client here", "client gone", "call ended", "turned away", "enrolled", "renewed", "revoked"),
-        *("connected", "assignment", "assignment failed", "stored", "settled", "result refused"),
+        *("connected", "assignment failed", "stored", "settled", "result refused"),
         *("roster changed", "roster refused", "certificate renewed", "certificate not renewed"),
     }
 )

@@ -459,7 +459,7 @@ def test_a_run_over_tls_gives_the_same_bits_and_its_logs_hold_no_secret(tmp_path
     assert over.weights == fedkit.simulate(tasks.plain, strategy, clients=CLIENTS, seed=5, progress=False).weights
     audits = sorted(tmp_path.rglob("audit.log"))
     assert len(audits) == 1 + len(CLIENTS)
-    assert all(verify(path).lines > 4 for path in audits)
+    assert all(verify(path).lines >= 5 for path in audits)
     kept = [json.loads(line) for path in audits for line in path.read_text().splitlines()]
     assert over.weights.digest in {one["model"] for one in kept if one["event"] == "round committed"}
     assert {one["client"] for one in kept if one["event"] == "settled"} == set(CLIENTS)
