@@ -27,7 +27,7 @@ from fedkit.logs import where
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, identities_pb2
 from fedkit.protos.channels import aio_channel, require_reachable
-from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, Calls
+from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, Calls, said
 from fedkit.trust.diagnosis import diagnose
 from fedkit.trust.identity import Identity
 from fedkit.weights import Manifest
@@ -178,8 +178,8 @@ class Agent:
                 made = await calls.renew(identities_pb2.RenewRequest(request=current.request()), timeout=_WELCOME_S)
                 self._identity = current.renewed(made.certificate)
                 self._identity.save(folder)
-            except (grpc.RpcError, TrustError) as error:
-                why = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            except (grpc.RpcError, TrustError, OSError) as error:
+                why = said(error) if isinstance(error, grpc.RpcError) else str(error)
                 log.error("certificate not renewed", client=self._settings.name, why=why)
                 await asyncio.sleep(_RENEWAL_PAUSE_S)
             else:
@@ -232,7 +232,7 @@ class Agent:
         try:
             if text and self._roster.hear(text):
                 log.info("roster changed", client=self._settings.name, version=self._known_version())
-        except TrustError as error:
+        except (TrustError, OSError) as error:
             log.error("roster refused", client=self._settings.name, why=str(error))
 
     def _known_version(self) -> int:
@@ -393,7 +393,7 @@ def _why(error: grpc.RpcError) -> str:
     if not isinstance(error, grpc.aio.AioRpcError):
         return "broken"
     turned_away = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
-    return str(error.details()) if turned_away else error.code().name.lower()
+    return said(error) if turned_away else error.code().name.lower()
 
 
 def _about(message: pb.Assignment, client: str) -> dict[str, Any]:

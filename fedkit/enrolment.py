@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 
 from fedkit.errors import ConfigError, RemoteError, TrustError, Unreachable
 from fedkit.protos import identities_pb2 as pb
-from fedkit.protos.wire import Calls
+from fedkit.protos.wire import Calls, said
 from fedkit.trust.certificates import authority_in, make_key, request_for
 from fedkit.trust.diagnosis import shown_certificate
 from fedkit.trust.identity import Identity, write_privately
@@ -82,7 +82,7 @@ def _key(folder: Path) -> bytes:
 
 def _meant(error: grpc.RpcError, address: str) -> TrustError | RemoteError:
     if error.code() is grpc.StatusCode.PERMISSION_DENIED:
-        return TrustError(error.details())
+        return TrustError(said(error))
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         return Unreachable(f"{address} does not answer as the token's federation would: check the address and its name")
     return RemoteError(f"{address} answered {error.code().name}: is this the enrolment port of a coordinator?")

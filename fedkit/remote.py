@@ -41,7 +41,7 @@ from fedkit.protos import convert_operators as convert
 from fedkit.protos import operators_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.protos.channels import channel
-from fedkit.protos.wire import CHANNEL_OPTIONS, Calls, frame, unframe
+from fedkit.protos.wire import CHANNEL_OPTIONS, Calls, frame, said, unframe
 from fedkit.result import Result, trained, warn_of_failures
 from fedkit.rounds.conduct import Outcome
 from fedkit.rounds.journal import RoundRecord
@@ -453,7 +453,7 @@ def _meant(error: grpc.RpcError, address: str) -> FedkitError:
     if found is not None:
         return found
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-        return TrustError(f"{address}: {error.details()}")
+        return TrustError(f"{address}: {said(error)}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return RemoteError(f"what answers at {address} is not a coordinator of fedkit, or one of another version")
     return RemoteError(f"the coordinator at {address} answered {code.name}: {error.details()!r:.300}")

@@ -24,6 +24,7 @@ __all__ = [
     "frame",
     "handlers",
     "load",
+    "said",
     "unframe",
 ]
 
@@ -160,6 +161,12 @@ def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHan
         behaviour = getattr(servicer, _snake(method.name))
         found[method.name] = make(behaviour, _parser(method.input_type), _serializer(method.output_type))
     return grpc.method_handlers_generic_handler(service.full_name, found)
+
+
+def said(error: grpc.RpcError) -> str:
+    """What the other side says about an error, without anything that a terminal would obey."""
+    details = error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else ""
+    return "".join(letter for letter in str(details or "")[:300] if letter.isprintable())
 
 
 class Calls:

@@ -43,10 +43,6 @@ def caller(context: Any) -> Holder | None:
     return holder(certificates[0])
 
 
-class _Ended(Exception):
-    """The certificate of a call is no longer good; the message says why."""
-
-
 class Guard:
     """Lets calls through by the certificates they are made with. `revoked` are serial numbers."""
 

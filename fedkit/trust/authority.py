@@ -243,7 +243,7 @@ def _read(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     try:
         raw, pem = (folder / _KEY).read_bytes(), (folder / _CERTIFICATE).read_bytes()
     except OSError as error:
-        text = f"{folder}: {error.strerror or error}; fedkit ca init --out {folder} makes an authority"
+        text = f"{folder}: {error.strerror or error}; fedkit ca init NAME --authority {folder} makes one"
         raise TrustError(text) from None
     try:
         key, certificate = serialization.load_pem_private_key(raw, None), x509.load_pem_x509_certificate(pem)
