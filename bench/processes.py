@@ -97,7 +97,9 @@ class Federation:
         authority = Authority.create(self.folder / "ca", "bench")
         roles = {**dict.fromkeys(self._names(), Role.AGENT), "operator": Role.OPERATOR}
         try:
-            return {name: authority.member(role, name).save(self.folder / f"id-{name}") for name, role in roles.items()}
+            return {
+                name: authority.identity(role, name).save(self.folder / f"id-{name}") for name, role in roles.items()
+            }
         finally:
             authority.close()
 

@@ -94,9 +94,9 @@ class Loopback:
         from fedkit.trust.certificates import Role
 
         authority = Authority.create(self.authority, "loopback")
-        authority.member(Role.OPERATOR, "operator").save(self.identity("operator"))
+        authority.identity(Role.OPERATOR, "operator").save(self.identity("operator"))
         for name in self.clients:
-            authority.member(Role.AGENT, name).save(self.identity(name))
+            authority.identity(Role.AGENT, name).save(self.identity(name))
         authority.close()
 
     # -- beginning -----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class EnrolmentService:
         """A certificate for a token."""
         try:
             token = Token.parse(request.token)
-            made = self._authority.enrol(token, request.request)
+            made = self._authority.enroll(token, request.request)
         except TrustError as error:
             log.warning("enrolment refused", why=str(error))
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))

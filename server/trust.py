@@ -18,6 +18,7 @@ from fedkit.protos.wire import SERVER_OPTIONS, handlers
 from fedkit.server.guard import Guard
 from fedkit.server.identities import EnrolmentService, IdentityService
 from fedkit.trust.authority import Authority
+from fedkit.trust.certificates import Role
 from fedkit.trust.identity import Identity
 
 __all__ = ["Trust", "listen"]
@@ -34,7 +35,7 @@ class Trust:
     def __init__(self, authority: Authority, address: str, hosts: Sequence[str]) -> None:
         self._authority = authority
         self._hosts = sorted({*_usual(parts(address)[0]), *hosts})
-        self._identity = authority.identity(_NAME, self._hosts)
+        self._identity = authority.identity(Role.COORDINATOR, _NAME, self._hosts)
         self._fresh: Identity | None = None
         self._seen = -1
         self._enrolment: Any = None
@@ -85,7 +86,7 @@ class Trust:
                 log.info("revoked", serial=f"{serial:x}")
             self.guard.revoke(revoked)
         if time.time() >= self._identity.renew_at:
-            self._identity = self._fresh = self._authority.identity(_NAME, self._hosts)
+            self._identity = self._fresh = self._authority.identity(Role.COORDINATOR, _NAME, self._hosts)
 
     def _newer(self) -> grpc.ServerCertificateConfiguration | None:
         """Asked for by gRPC at each handshake, in a thread of its own."""

@@ -84,7 +84,8 @@ def _state(member: Member) -> str:
 def revoke(folder: Path, name: str, role: str | None) -> None:
     """Ends a name's certificates."""
     ended = Authority(folder).revoke(name, None if role is None else Role(role))
-    _say(f"{len(ended)} certificates of {name} are revoked; its connections end within a second.")
+    what = f"{len(ended.serials)} certificates and {ended.tokens} open tokens of {name}"
+    _say(f"{what} are revoked; its connections end within a second.")
     _say(f"\nNext: fedkit ca token {name}, should it come back")
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -38,7 +38,7 @@ from fedkit.trust.certificates import (
 from fedkit.trust.identity import Identity, write_privately
 from fedkit.trust.tokens import Token
 
-__all__ = ["Authority", "Member"]
+__all__ = ["Authority", "Member", "Revoked"]
 
 _KEY, _CERTIFICATE, _DATABASE = "authority-key.pem", "authority.pem", "authority.db"
 _PEM = serialization.Encoding.PEM
@@ -64,6 +64,13 @@ class Member:
     name: str
     expires: float
     revoked: float | None
+
+
+class Revoked(NamedTuple):
+    """What a revocation has ended: certificates by serial number, and how many tokens that nobody had used."""
+
+    serials: list[int]
+    tokens: int
 
 
 class Authority:
@@ -116,7 +123,7 @@ class Authority:
             )
         return made
 
-    def enrol(self, token: Token, request: bytes) -> bytes:
+    def enroll(self, token: Token, request: bytes) -> bytes:
         """The certificate (PEM) that a token and a signing request stand for.
 
         The token is used up with it, but for the same key: the answer may have been lost on the way.
@@ -140,43 +147,38 @@ class Authority:
 
     def renew(self, current: Holder, request: bytes) -> bytes:
         """A new certificate (PEM) for whoever holds a valid one."""
-        if current.serial in self.revoked():
-            raise TrustError("the certificate was revoked")
-        with self._change() as connection:
+        with self._change() as connection:  # a revocation comes before it or after it, never in between
+            if current.serial in self.revoked():
+                raise TrustError("the certificate was revoked")
             return self._issue(connection, request, current.role, current.name)
 
-    def member(self, role: Role, name: str) -> Identity:
-        """A new identity for somebody on this machine, who needs no token."""
+    def identity(self, role: Role, name: str, hosts: Sequence[str] = ()) -> Identity:
+        """A new identity for somebody on this machine, who needs no token; a coordinator is dialled under `hosts`."""
         require_name(name, "a name")
         key = make_key()
         with self._change() as connection:
-            made = self._issue(connection, request_for(key, role, name), role, name)
+            made = self._issue(connection, request_for(key, role, name), role, name, hosts)
         return Identity(key, made, self.pem)
 
-    def identity(self, name: str, hosts: Sequence[str]) -> Identity:
-        """A new identity for the coordinator that runs beside this authority, dialled under `hosts`."""
-        key = make_key()
-        with self._change() as connection:
-            made = self._issue(connection, request_for(key, Role.COORDINATOR, name), Role.COORDINATOR, name, hosts)
-        return Identity(key, made, self.pem)
+    def revoke(self, name: str, role: Role | None = None) -> Revoked:
+        """Ends every valid certificate and every open token of that name, in one role or all.
 
-    def revoke(self, name: str, role: Role | None = None) -> list[Holder]:
-        """Revokes every certificate of that name that has not expired; raises `TrustError` where there is none."""
-        now, kinds = self._clock(), [role] if role is not None else list(Role)
-        marks = ", ".join("?" for _ in kinds)
+        Raises `TrustError` where there is neither.
+        """
+        now = self._clock()
+        of = {"name": name, "role": role, "now": now}
+        whose = "name = :name AND (:role IS NULL OR role = :role) AND expires > :now"
         with self._change() as connection:
-            rows = connection.execute(
-                f"SELECT serial, role, name, issued, expires FROM certificates WHERE name = ? AND role IN ({marks}) "  # noqa: S608
-                "AND revoked IS NULL AND expires > ?",
-                (name, *kinds, now),
-            ).fetchall()
+            valid = f"SELECT serial FROM certificates WHERE {whose} AND revoked IS NULL"  # noqa: S608 - no value is in it
+            serials = [serial for (serial,) in connection.execute(valid, of)]
             connection.executemany(
-                "UPDATE certificates SET revoked = ? WHERE serial = ?", [(now, row[0]) for row in rows]
+                "UPDATE certificates SET revoked = ? WHERE serial = ?", [(now, one) for one in serials]
             )
-            connection.execute(f"DELETE FROM tokens WHERE name = ? AND role IN ({marks})", (name, *kinds))  # noqa: S608
-        if not rows:
-            raise TrustError(f"nobody of the name {name} holds a valid certificate")
-        return [Holder(Role(r), n, int(serial, 16), issued, expires) for serial, r, n, issued, expires in rows]
+            tokens = connection.execute(f"DELETE FROM tokens WHERE {whose} AND used_by IS NULL", of).rowcount  # noqa: S608
+            connection.execute("DELETE FROM tokens WHERE name = :name AND (:role IS NULL OR role = :role)", of)
+        if not serials and not tokens:
+            raise TrustError(f"nobody of the name {name} holds a valid certificate or token")
+        return Revoked([int(serial, 16) for serial in serials], tokens)
 
     def revoked(self) -> frozenset[int]:
         """The serial numbers of revoked certificates that have not expired."""

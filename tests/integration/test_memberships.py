@@ -41,10 +41,10 @@ def test_an_authority_is_made_invites_lists_and_revokes(typed: Typed, tmp_path: 
     assert (token.role, token.name) == (Role.OPERATOR, "ada")
     assert "lets the operator ada enrol once, within 2 hours" in words(invited.stderr)
     authority = Authority(tmp_path / "fedkit-authority")
-    authority.member(Role.AGENT, "upenn")
+    authority.identity(Role.AGENT, "upenn")
     authority.close()
     assert [one["state"] for one in json.loads(typed("ca", "list", "--json").stdout)] == ["valid"]
-    assert "1 certificates of upenn are revoked" in words(typed("ca", "revoke", "upenn").stdout)
+    assert "1 certificates and 0 open tokens of upenn are revoked" in words(typed("ca", "revoke", "upenn").stdout)
     assert "revoked" in typed("ca", "list").stdout
     again = typed("ca", "revoke", "upenn", "--role", "agent")
     assert again.exit_code == 1
@@ -84,7 +84,7 @@ def test_members_make_a_roster_and_change_it(typed: Typed, tmp_path: Path) -> No
     authority = Authority.create(tmp_path / "ca", "hospitals")
     public = {}
     for name in ("basel", "hull", "zurich"):
-        authority.member(Role.AGENT, name).save(tmp_path / name)
+        authority.identity(Role.AGENT, name).save(tmp_path / name)
         shown = typed("roster", "key", "--identity", name)
         assert "read it to the other members" in words(shown.stderr)
         public[name] = shown.stdout.strip()

@@ -94,14 +94,14 @@ class Credentials:
         ca = place.authority
         foreign = Authority.create(folder / "foreign", "hospitals")
         old = Authority(ca.folder, lifetime=dt.timedelta(seconds=-60))
-        stranger = foreign.member(Role.AGENT, "upenn")
-        self.agent = ca.member(Role.AGENT, "upenn")
-        self.operator = ca.member(Role.OPERATOR, "ada")
-        self.other_site = ca.member(Role.AGENT, "rwth")
+        stranger = foreign.identity(Role.AGENT, "upenn")
+        self.agent = ca.identity(Role.AGENT, "upenn")
+        self.operator = ca.identity(Role.OPERATOR, "ada")
+        self.other_site = ca.identity(Role.AGENT, "rwth")
         self.wrong_authority = Identity(stranger.key, stranger.certificate, ca.pem)  # it trusts the right one
-        self.expired = old.member(Role.AGENT, "upenn")
-        self.expired_operator = old.member(Role.OPERATOR, "ada")
-        self.revoked = {role: ca.member(role, "mallory") for role in (Role.AGENT, Role.OPERATOR)}
+        self.expired = old.identity(Role.AGENT, "upenn")
+        self.expired_operator = old.identity(Role.OPERATOR, "ada")
+        self.revoked = {role: ca.identity(role, "mallory") for role in (Role.AGENT, Role.OPERATOR)}
         ca.revoke("mallory")
         serials = {one.holder.serial for one in self.revoked.values()}
         eventually(lambda: serials <= place.coordinator._trust.guard.revoked, "the revocation is heard of")
@@ -276,7 +276,7 @@ def test_older_tls_and_no_certificate_are_nobody(shown: dict[str, list[bytes]], 
 
 
 def test_a_revocation_ends_the_streams_that_are_open(place: Place) -> None:
-    site, person = place.authority.member(Role.AGENT, "leaky"), place.authority.member(Role.OPERATOR, "leaky")
+    site, person = place.authority.identity(Role.AGENT, "leaky"), place.authority.identity(Role.OPERATOR, "leaky")
     with dialled(place.address, place.authority.pem, site) as channel, attending(channel, "leaky") as session:
         assert session
         stream = attending_stream(channel)
@@ -306,7 +306,7 @@ def test_an_identity_is_renewed_before_it_expires_without_a_restart(
 ) -> None:
     monkeypatch.setattr(authorities, "LIFETIME", dt.timedelta(seconds=6))
     place = Place(tmp_path / "place")
-    folder = place.authority.member(Role.AGENT, "upenn").save(tmp_path / "identity")
+    folder = place.authority.identity(Role.AGENT, "upenn").save(tmp_path / "identity")
     first = Identity.load(folder).holder
     server = place.coordinator._trust._identity.holder.serial
     federation = loopback(tmp_path / "agents", ("upenn",), tls=True)
@@ -331,7 +331,7 @@ def test_an_operators_identity_is_renewed_when_it_is_used(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = Authority(place.authority.folder, lifetime=dt.timedelta(minutes=5))
-    mine = short.member(Role.OPERATOR, "grace")
+    mine = short.identity(Role.OPERATOR, "grace")
     short.close()
     folder = mine.save(tmp_path / "grace")
     with fedkit.connect(place.address, folder, patience_s=1) as coordinator:
@@ -399,7 +399,7 @@ def insecure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_refused_handshake_says_what_to_do(
     place: Place, credentials: Credentials, insecure: str, tmp_path: Path
 ) -> None:
-    foreign = Authority.create(tmp_path / "foreign", "hospitals").member(Role.OPERATOR, "ada")
+    foreign = Authority.create(tmp_path / "foreign", "hospitals").identity(Role.OPERATOR, "ada")
     cases: list[tuple[str, Identity | None, str]] = [
         (place.address, None, "speaks TLS: give the folder that fedkit enroll wrote"),
         (insecure, credentials.operator, r"speaks no TLS 1\.3"),

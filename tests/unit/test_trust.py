@@ -45,7 +45,7 @@ def authority(tmp_path: Path, clock: Clock) -> Authority:
 
 def enrolled(authority: Authority, role: Role = Role.AGENT, name: str = "upenn") -> Identity:
     key = make_key()
-    made = authority.enrol(authority.token(role, name, HOUR), request_for(key, role, name))
+    made = authority.enroll(authority.token(role, name, HOUR), request_for(key, role, name))
     return Identity(key, made, authority.pem)
 
 
@@ -92,31 +92,31 @@ def test_what_is_not_a_token_is_refused_and_never_repeated(change) -> None:
 
 def test_a_token_works_once_and_again_only_for_the_same_key(authority: Authority) -> None:
     token, key = authority.token(Role.AGENT, "upenn", HOUR), make_key()
-    first = authority.enrol(token, request_for(key, Role.AGENT, "upenn"))
-    again = authority.enrol(token, request_for(key, Role.AGENT, "upenn"))  # the first answer was lost
+    first = authority.enroll(token, request_for(key, Role.AGENT, "upenn"))
+    again = authority.enroll(token, request_for(key, Role.AGENT, "upenn"))  # the first answer was lost
     assert holder(first).serial != holder(again).serial
     with pytest.raises(TrustError, match="used before"):
-        authority.enrol(token, request_for(make_key(), Role.AGENT, "upenn"))
+        authority.enroll(token, request_for(make_key(), Role.AGENT, "upenn"))
 
 
 def test_an_old_an_unknown_and_a_changed_token_let_nobody_in(authority: Authority, clock: Clock) -> None:
     token, asked = authority.token(Role.AGENT, "upenn", HOUR), request_for(make_key(), Role.AGENT, "upenn")
     with pytest.raises(TrustError, match="not known"):
-        authority.enrol(Token.make(Role.AGENT, "upenn", token.fingerprint), asked)
+        authority.enroll(Token.make(Role.AGENT, "upenn", token.fingerprint), asked)
     for other in (
         Token(Role.OPERATOR, "upenn", token.fingerprint, token.secret),
         Token(Role.AGENT, "rwth", b"", token.secret),
     ):
         with pytest.raises(TrustError, match="not known"):
-            authority.enrol(other, request_for(make_key(), other.role, other.name))
+            authority.enroll(other, request_for(make_key(), other.role, other.name))
     clock.ahead = 3601
     with pytest.raises(TrustError, match="too old"):
-        authority.enrol(token, asked)
+        authority.enroll(token, asked)
 
 
 def test_the_secret_of_a_token_is_stored_nowhere(authority: Authority) -> None:
     token = authority.token(Role.AGENT, "upenn", HOUR)
-    authority.enrol(token, request_for(make_key(), Role.AGENT, "upenn"))
+    authority.enroll(token, request_for(make_key(), Role.AGENT, "upenn"))
     for path in authority.folder.iterdir():
         raw = path.read_bytes()
         assert token.secret not in raw
@@ -144,9 +144,9 @@ BAD = {
 def test_a_request_that_is_not_the_tokens_uses_nothing_up(authority: Authority, asked: bytes, why: str) -> None:
     token = authority.token(Role.AGENT, "upenn", HOUR)
     with pytest.raises(TrustError, match=why):
-        authority.enrol(token, asked)
+        authority.enroll(token, asked)
     assert authority.members() == []
-    authority.enrol(token, request(EC, MINE))
+    authority.enroll(token, request(EC, MINE))
 
 
 def test_a_request_signed_by_another_key_is_refused(authority: Authority) -> None:
@@ -155,7 +155,7 @@ def test_a_request_signed_by_another_key_is_refused(authority: Authority) -> Non
     raw[-5] ^= 1  # in the signature
     pem = x509.load_der_x509_csr(bytes(raw)).public_bytes(serialization.Encoding.PEM)
     with pytest.raises(TrustError, match="not signed by its own key"):
-        authority.enrol(authority.token(Role.AGENT, "upenn", HOUR), pem)
+        authority.enroll(authority.token(Role.AGENT, "upenn", HOUR), pem)
 
 
 # -- certificates ------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_a_request_for_more_than_a_name_gets_no_more(authority: Authority) -> No
         .sign(EC, hashes.SHA256())
         .public_bytes(serialization.Encoding.PEM)
     )
-    made = x509.load_pem_x509_certificate(authority.enrol(authority.token(Role.AGENT, "upenn", HOUR), asked))
+    made = x509.load_pem_x509_certificate(authority.enroll(authority.token(Role.AGENT, "upenn", HOUR), asked))
     names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert list(names) == [x509.UniformResourceIdentifier(MINE)]
     assert made.subject.rfc4514_string() == "CN=upenn"
@@ -193,7 +193,7 @@ def test_a_request_for_more_than_a_name_gets_no_more(authority: Authority) -> No
 
 
 def test_the_coordinators_certificate_carries_its_authority(authority: Authority, tmp_path: Path) -> None:
-    mine = authority.identity("coordinator", ["fed.example", "10.0.0.7"])
+    mine = authority.identity(Role.COORDINATOR, "coordinator", ["fed.example", "10.0.0.7"])
     shown = x509.load_pem_x509_certificate(mine.certificate).public_bytes(DER)
     found = authority_in(shown, fingerprint(authority.certificate))
     assert found == authority.certificate
@@ -242,16 +242,26 @@ def test_revoking_a_name_ends_all_its_certificates_and_tokens_and_nobody_elses(a
     mine, theirs = enrolled(authority), enrolled(authority, name="rwth")
     fresh = mine.renewed(authority.renew(mine.holder, mine.request()))
     waiting = authority.token(Role.AGENT, "upenn", HOUR)
-    assert {one.serial for one in authority.revoke("upenn")} == {mine.holder.serial, fresh.holder.serial}
+    ended = authority.revoke("upenn")
+    assert (set(ended.serials), ended.tokens) == ({mine.holder.serial, fresh.holder.serial}, 1)
     assert authority.revoked() == {mine.holder.serial, fresh.holder.serial}
     assert theirs.holder.serial not in authority.revoked()
     with pytest.raises(TrustError, match="revoked"):
         authority.renew(fresh.holder, fresh.request())
     with pytest.raises(TrustError, match="not known"):
-        authority.enrol(waiting, request_for(make_key(), Role.AGENT, "upenn"))
+        authority.enroll(waiting, request_for(make_key(), Role.AGENT, "upenn"))
     with pytest.raises(TrustError, match="nobody of the name upenn"):
         authority.revoke("upenn")
     enrolled(authority)  # with a new token, the site may come back
+
+
+def test_a_token_that_was_stolen_before_anybody_enrolled_is_revoked(authority: Authority) -> None:
+    stolen = authority.token(Role.OPERATOR, "ada", HOUR)
+    with pytest.raises(TrustError, match="nobody of the name ada"):
+        authority.revoke("ada", Role.AGENT)
+    assert authority.revoke("ada") == ([], 1)
+    with pytest.raises(TrustError, match="not known"):
+        authority.enroll(stolen, request_for(make_key(), Role.OPERATOR, "ada"))
 
 
 def test_another_process_sees_a_revocation_at_once(authority: Authority) -> None:
