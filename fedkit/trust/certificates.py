@@ -7,13 +7,12 @@ Keys are ECDSA over P-256. Who holds a certificate stands in its one subject alt
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import datetime as dt
 import hashlib
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,6 +44,10 @@ _BACKDATED = dt.timedelta(minutes=5)  # at most, for clocks that are a little sl
 _AUTHORITY_YEARS = 10
 _REQUEST_BYTES = 8192
 _NO_REQUEST = "this is not a certificate signing request in PEM"
+_STRANGE = (
+    *(ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature),
+    *(x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, x509.InvalidVersion),
+)
 
 
 class Role(StrEnum):
@@ -141,10 +144,8 @@ def issue(
 def holder(certificate: x509.Certificate | bytes) -> Holder:
     """Whom a certificate (or its PEM) names; raises `TrustError` for one that no federation's authority makes."""
     found = _parsed(certificate) if isinstance(certificate, bytes) else certificate
-    try:
+    with _refusing("the certificate names nobody; it is not from a federation's authority"):
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
-        raise TrustError("the certificate names nobody; it is not from a federation's authority") from None
     urns = [_URN.fullmatch(urn) for urn in names.get_values_for_type(x509.UniformResourceIdentifier)]
     if len(urns) != 1 or urns[0] is None:
         raise TrustError("the certificate does not name one member of a federation")
@@ -154,8 +155,9 @@ def holder(certificate: x509.Certificate | bytes) -> Holder:
 
 def key_digest(request: bytes) -> bytes:
     """SHA-256 of the public key of a signing request; raises `TrustError` for one that is none."""
-    key = _request(request).public_key()
-    encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    with _refusing(_NO_REQUEST):
+        key = _request(request).public_key()
+        encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(encoded).digest()
 
 
@@ -170,15 +172,13 @@ def authority_in(der: bytes, expected: bytes) -> x509.Certificate:
     The certificate itself is not trusted: whoever shows it has yet to prove that this authority issued it. Raises
     `TrustError`.
     """
-    try:
+    with _refusing("this is not a fedkit coordinator: its certificate does not carry its authority"):
         shown = x509.load_der_x509_certificate(der)
         access = shown.extensions.get_extension_for_class(x509.AuthorityInformationAccess).value
-        [where] = [
-            a.access_location.value for a in access if a.access_method == AuthorityInformationAccessOID.CA_ISSUERS
-        ]
-        found = x509.load_der_x509_certificate(base64.b64decode(where.removeprefix(_INLINE), validate=True))
-    except (ValueError, x509.ExtensionNotFound, binascii.Error):
-        raise TrustError("this is not a fedkit coordinator: its certificate does not carry its authority") from None
+        [where] = [a.access_location for a in access if a.access_method == AuthorityInformationAccessOID.CA_ISSUERS]
+        if not isinstance(where, x509.UniformResourceIdentifier):
+            raise ValueError
+        found = x509.load_der_x509_certificate(base64.b64decode(where.value.removeprefix(_INLINE), validate=True))
     if fingerprint(found) != expected:
         raise TrustError(
             "this coordinator belongs to another federation than the token: check the address, and ask whoever gave "
@@ -190,30 +190,33 @@ def authority_in(der: bytes, expected: bytes) -> x509.Certificate:
 _PEM = serialization.Encoding.PEM
 
 
-def _parsed(pem: bytes) -> x509.Certificate:
+@contextlib.contextmanager
+def _refusing(why: str) -> Iterator[None]:
+    """Raises `TrustError` for everything that the library says of bytes that are not what they claim to be."""
     try:
+        yield
+    except _STRANGE:
+        raise TrustError(why) from None
+
+
+def _parsed(pem: bytes) -> x509.Certificate:
+    with _refusing("this is not a certificate in PEM"):
         return x509.load_pem_x509_certificate(pem)
-    except (ValueError, UnsupportedAlgorithm):
-        raise TrustError("this is not a certificate in PEM") from None
 
 
 def _request(pem: bytes) -> x509.CertificateSigningRequest:
-    try:
+    with _refusing(_NO_REQUEST):
         if len(pem) > _REQUEST_BYTES:
             raise ValueError
         return x509.load_pem_x509_csr(pem)
-    except (ValueError, UnsupportedAlgorithm):
-        raise TrustError(_NO_REQUEST) from None
 
 
 def _requested(pem: bytes, role: Role, name: str) -> ec.EllipticCurvePublicKey:
     request = _request(pem)
-    try:
+    with _refusing(_NO_REQUEST):
         key, is_signed = request.public_key(), request.is_signature_valid
         asked = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         urns = asked.get_values_for_type(x509.UniformResourceIdentifier)
-    except (ValueError, UnsupportedAlgorithm, InvalidSignature, x509.ExtensionNotFound):
-        raise TrustError(_NO_REQUEST) from None
     if not is_signed:
         raise TrustError("the certificate signing request is not signed by its own key")
     if urns != [f"urn:fedkit:{role}:{name}"]:
@@ -248,7 +251,8 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 def _host(name: str) -> x509.GeneralName:
     with contextlib.suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(name))
-    return x509.DNSName(name)
+    with _refusing(f"{name!r:.100} is no name of a host: letters of ASCII, digits, points and hyphens"):
+        return x509.DNSName(name)
 
 
 def _inline(root: x509.Certificate) -> x509.AuthorityInformationAccess:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import datetime as dt
+import ipaddress
 import os
 import stat
 import time
@@ -12,7 +15,9 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, NameOID
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedkit.errors import ConfigError, StorageError, TrustError
 from fedkit.trust.authority import Authority
@@ -156,6 +161,74 @@ def test_a_request_signed_by_another_key_is_refused(authority: Authority) -> Non
     pem = x509.load_der_x509_csr(bytes(raw)).public_bytes(serialization.Encoding.PEM)
     with pytest.raises(TrustError, match="not signed by its own key"):
         authority.enroll(authority.token(Role.AGENT, "upenn", HOUR), pem)
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority.create(tmp_path_factory.mktemp("standing") / "ca", "hospitals")
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=4)
+
+
+def changed(raw: bytes, changes: list[tuple[int, int]]) -> bytes:
+    found = bytearray(raw)
+    for at, value in changes:
+        found[at % len(found)] = value
+    return bytes(found)
+
+
+def pem(kind: str, der: bytes) -> bytes:
+    text = base64.encodebytes(der).decode()
+    return f"-----BEGIN {kind}-----\n{text}-----END {kind}-----\n".encode()
+
+
+@settings(max_examples=400)
+@given(CHANGES)
+def test_whatever_a_stranger_sends_as_a_request_is_refused_in_a_sentence(
+    standing: Authority, changes: list[tuple[int, int]]
+) -> None:
+    asked = changed(x509.load_pem_x509_csr(request(EC, MINE)).public_bytes(DER), changes)
+    with contextlib.suppress(TrustError):
+        made = standing.enroll(standing.token(Role.AGENT, "upenn", HOUR), pem("CERTIFICATE REQUEST", asked))
+        assert (holder(made).role, holder(made).name) == (Role.AGENT, "upenn")
+
+
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")  # of odd serial numbers
+@settings(max_examples=400)
+@given(CHANGES)
+def test_whatever_somebody_shows_as_a_coordinators_certificate_is_refused_in_a_sentence(
+    standing: Authority, changes: list[tuple[int, int]]
+) -> None:
+    mine = standing.identity(Role.COORDINATOR, "coordinator", ["fed.example"])
+    shown = changed(x509.load_pem_x509_certificate(mine.certificate).public_bytes(DER), changes)
+    with contextlib.suppress(TrustError):
+        assert authority_in(shown, fingerprint(standing.certificate)) == standing.certificate
+    with contextlib.suppress(TrustError):
+        assert holder(pem("CERTIFICATE", shown)).role in Role
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        x509.DirectoryName(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])),
+        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+        x509.UniformResourceIdentifier("https://ca.example"),
+        x509.UniformResourceIdentifier("data:application/pkix-cert;base64,AAAA"),
+    ],
+    ids=["a name", "an address", "a page", "no certificate"],
+)
+def test_an_authority_that_lies_elsewhere_is_refused(place: x509.GeneralName) -> None:
+    now, name = dt.datetime.now(dt.UTC), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])
+    where = x509.AuthorityInformationAccess([x509.AccessDescription(AuthorityInformationAccessOID.CA_ISSUERS, place)])
+    made = x509.CertificateBuilder(name, name, EC.public_key(), 1, now, now + HOUR).add_extension(where, False)
+    with pytest.raises(TrustError, match="not a fedkit coordinator"):
+        authority_in(made.sign(EC, hashes.SHA256()).public_bytes(DER), bytes(32))
+
+
+def test_a_host_that_has_no_name_in_a_certificate_is_named(standing: Authority) -> None:
+    with pytest.raises(TrustError, match="'münchen' is no name of a host"):
+        standing.identity(Role.COORDINATOR, "coordinator", ["münchen"])
 
 
 # -- certificates ------------------------------------------------------------------------------------------------------
