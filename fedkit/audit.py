@@ -1,4 +1,4 @@
-"""The audit log: one line an event, each with the digest of the line before, so that nobody can change it unnoticed.
+"""The audit log: one line an event, each with the digest of the line before, so that a change shows.
 
 A line is a JSON object with sorted keys and no spaces, and behind them `digest`: BLAKE3 (hex) of the same object
 without it. `line` counts from 1, `previous` is the digest of the line before, empty in the first. Beside the file
@@ -55,11 +55,11 @@ class AuditLog:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             self._head = os.open(_head_of(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._line, self._digest = _end_of(self._file)
-            noted = _head(_head_of(path))
+            noted = _head(_head_of(path)) if _head_of(path).stat().st_size else (0, "")
             self._mark()
         except OSError as error:
             raise StorageError(f"{path}: {error.strerror}; free space or mend the disk") from error
-        if noted is not None and noted[0] > self._line:
+        if noted[0] > self._line:
             self.write({"event": "audit log is shorter than its head", "lines": self._line, "head": noted[0]})
 
     def write(self, event: Mapping[str, Any]) -> None:
@@ -92,8 +92,8 @@ class AuditLog:
 def verify(path: Path, head: Path | None = None) -> Verified:
     """What the log at `path` holds, if it is as it was written; raises `TrustError` that names the first wrong line.
 
-    `head` is a copy of the head from elsewhere (None: the one beside the log). With an older copy, the line it names
-    must still be there.
+    `head` is a copy of the head from elsewhere (None: the one beside the log, which must be there). With an older copy,
+    the line it names must still be there.
     """
     first: dict[str, Any] | None = None
     last: dict[str, Any] = {"line": 0, "digest": "", "at": ""}
@@ -101,9 +101,9 @@ def verify(path: Path, head: Path | None = None) -> Verified:
     for number, raw in enumerate(_lines(path), 1):
         last = _checked(path, number, raw, last)
         first = first or last
-        if wanted is not None and number == wanted[0] and last["digest"] != wanted[1]:
+        if number == wanted[0] and last["digest"] != wanted[1]:
             raise TrustError(f"{path}, line {number}: the log was written anew up to here; the head knows another line")
-    if wanted is not None and last["line"] < wanted[0]:
+    if last["line"] < wanted[0]:
         text = f"line {last['line'] + 1} and what follows, up to line {wanted[0]}, was removed from the end"
         raise TrustError(f"{path}: {text}")
     return Verified(int(last["line"]), str(last["digest"]), str((first or last)["at"]), str(last["at"]))
@@ -135,13 +135,12 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise TrustError(f"{path}: {error.strerror or error}") from None
 
 
-def _head(path: Path) -> tuple[int, str] | None:
+def _head(path: Path) -> tuple[int, str]:
     try:
-        text = path.read_text(encoding="ascii").strip()
-        number, _, digest = text.partition(" ")
-        return (int(number), digest.strip()) if text else None
+        number, _, digest = path.read_text(encoding="ascii").strip().partition(" ")
+        return int(number), digest.strip()
     except FileNotFoundError:
-        return None
+        raise TrustError(f"{path} is missing: without it nobody can tell whether lines were removed") from None
     except (OSError, ValueError):
         raise TrustError(f"{path}: this is not the head of an audit log") from None
 

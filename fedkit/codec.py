@@ -154,11 +154,14 @@ def load(path: Path | str, limits: Limits = Limits()) -> Weights:
     return decoder.finish()
 
 
-def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
-    """Replaces `path` by `content`, or by its pieces in order: written beside it, flushed to disk, renamed."""
+def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
+    """Replaces `path` by `content`, or by its pieces in order: written beside it, flushed to disk, renamed.
+
+    `mode` says who may read it, less what the umask takes: 0o600 is for secrets.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)

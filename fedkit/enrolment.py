@@ -8,12 +8,13 @@ from pathlib import Path
 import grpc
 from cryptography.hazmat.primitives import serialization
 
+from fedkit.codec import write_atomically
 from fedkit.errors import ConfigError, RemoteError, TrustError, Unreachable
 from fedkit.protos import identities_pb2 as pb
 from fedkit.protos.wire import Calls, said
 from fedkit.trust.certificates import authority_in, make_key, request_for
 from fedkit.trust.diagnosis import shown_certificate
-from fedkit.trust.identity import Identity, write_privately
+from fedkit.trust.identity import Identity
 from fedkit.trust.tokens import Token
 
 __all__ = ["enroll", "renew"]
@@ -76,7 +77,7 @@ def _key(folder: Path) -> bytes:
     """The key of an enrolment that broke off, or a new one; it is on disk before anybody hears of it."""
     path = folder / "key.pem"
     if not path.exists():
-        write_privately(path, make_key())
+        write_atomically(path, make_key(), mode=0o600)
     return path.read_bytes()
 
 

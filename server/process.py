@@ -79,8 +79,9 @@ def _require_safe(settings: CoordinatorSettings) -> None:
         require_loopback(settings.listen)
         if settings.enrolment is not None or settings.hosts:
             raise ConfigError("enrolment and hosts belong to TLS: give the folder of an authority, with --authority")
-    else:
-        parts(settings.listen)
+    for address in (settings.listen, settings.enrolment):
+        if address is not None:
+            parts(address)
     if settings.metrics is not None and not is_loopback(parts(settings.metrics)[0]):
         raise ConfigError(f"{settings.metrics}: metrics are served without TLS, so on loopback only")
 
@@ -116,7 +117,7 @@ class Coordinator:
     async def start(self) -> int:
         """Listens, takes up open runs, and returns the port."""
         self._server.add_generic_rpc_handlers(tuple(self._services()))
-        port = listen(self._server, self._settings.listen, None if self._trust is None else self._trust.credentials)
+        port = listen(self._server, self._settings.listen, None if self._trust is None else self._trust.credentials())
         self._serve_metrics()
         await self._server.start()
         self._watching.append(asyncio.create_task(self._watch()))

@@ -36,18 +36,23 @@ class Trust:
         self._authority = authority
         self._hosts = sorted({*_usual(parts(address)[0]), *hosts})
         self._identity = authority.identity(Role.COORDINATOR, _NAME, self._hosts)
-        self._fresh: Identity | None = None
         self._seen = -1
         self._enrolment: Any = None
         self.guard = Guard(authority.revoked())
 
-    @property
-    def credentials(self) -> grpc.ServerCredentials:
-        """Mutual TLS; a certificate that is renewed counts from the next connection on."""
+    def credentials(self, *, mutual: bool = True) -> grpc.ServerCredentials:
+        """TLS, `mutual` but for enrolment; a certificate that is renewed counts from the next connection on."""
+        shown = self._identity
+
+        def newer() -> grpc.ServerCertificateConfiguration | None:  # asked for at each handshake, in a thread of gRPC's
+            nonlocal shown
+            before, shown = shown, self._identity
+            return None if shown is before else self._configuration(shown)
+
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration(self._identity),
-            self._newer,  # type: ignore[arg-type]  # it may return None
-            require_client_authentication=True,
+            self._configuration(shown),
+            newer,  # type: ignore[arg-type]  # it may return None
+            require_client_authentication=mutual,
         )
 
     def renewal(self) -> grpc.GenericRpcHandler[Any, Any]:
@@ -60,9 +65,7 @@ class Trust:
         server = grpc.aio.server(options=SERVER_OPTIONS)
         service = identities_pb2.DESCRIPTOR.services_by_name["Enrolment"]
         server.add_generic_rpc_handlers((handlers(service, EnrolmentService(self._authority)),))
-        pair = (self._identity.key, self._identity.certificate)
-        # It lives as long as the process and is used for minutes: its certificate need not be renewed while it runs.
-        port = listen(server, address, grpc.ssl_server_credentials([pair]))
+        port = listen(server, address, self.credentials(mutual=False))
         await server.start()
         self._enrolment = server
         log.info("enrolment open", address=f"{address.rpartition(':')[0]}:{port}")
@@ -86,12 +89,7 @@ class Trust:
                 log.info("revoked", serial=f"{serial:x}")
             self.guard.revoke(revoked)
         if time.time() >= self._identity.renew_at:
-            self._identity = self._fresh = self._authority.identity(Role.COORDINATOR, _NAME, self._hosts)
-
-    def _newer(self) -> grpc.ServerCertificateConfiguration | None:
-        """Asked for by gRPC at each handshake, in a thread of its own."""
-        fresh, self._fresh = self._fresh, None
-        return None if fresh is None else self._configuration(fresh)
+            self._identity = self._authority.identity(Role.COORDINATOR, _NAME, self._hosts)
 
     def _configuration(self, identity: Identity) -> grpc.ServerCertificateConfiguration:
         return grpc.ssl_server_certificate_configuration([(identity.key, identity.certificate)], self._authority.pem)

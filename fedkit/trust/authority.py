@@ -35,7 +35,7 @@ from fedkit.trust.certificates import (
     make_key,
     request_for,
 )
-from fedkit.trust.identity import Identity, write_privately
+from fedkit.trust.identity import Identity
 from fedkit.trust.tokens import Token
 
 __all__ = ["Authority", "Member", "Revoked"]
@@ -99,7 +99,7 @@ class Authority:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomically(folder / _CERTIFICATE, certificate.public_bytes(_PEM))
             private = key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-            write_privately(folder / _KEY, private)
+            write_atomically(folder / _KEY, private, mode=0o600)
         return cls(folder)
 
     @property

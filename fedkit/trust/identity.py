@@ -13,7 +13,7 @@ from fedkit.codec import write_atomically
 from fedkit.errors import TrustError
 from fedkit.trust.certificates import Holder, Role, holder, private_key, request_for
 
-__all__ = ["Identity", "write_privately"]
+__all__ = ["Identity"]
 
 _KEY, _CERTIFICATE, _AUTHORITY = "key.pem", "certificate.pem", "authority.pem"
 _RENEWED_AT = 2 / 3  # of a certificate's life
@@ -44,7 +44,7 @@ class Identity:
         """Writes the three files, the key for its owner alone; each file whole, and the certificate last."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (folder / _KEY).exists() or (folder / _KEY).read_bytes() != self.key:
-            write_privately(folder / _KEY, self.key)
+            write_atomically(folder / _KEY, self.key, mode=0o600)
         write_atomically(folder / _AUTHORITY, self.authority)
         write_atomically(folder / _CERTIFICATE, self.certificate)
         return folder
@@ -91,12 +91,3 @@ class Identity:
         if (before.role, before.name) != (after.role, after.name):
             raise TrustError("the renewed certificate is somebody else's")
         return found
-
-
-def write_privately(path: Path, content: bytes) -> None:
-    """As `write_atomically`, but nobody else than its owner may ever read the file."""
-    before = os.umask(0o077)
-    try:
-        write_atomically(path, content)
-    finally:
-        os.umask(before)

@@ -9,8 +9,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedkit.codec import write_atomically
 from fedkit.errors import TrustError
-from fedkit.trust.identity import write_privately
 
 __all__ = ["load_signing_key", "make_signing_key", "public_of"]
 
@@ -23,7 +23,7 @@ def make_signing_key(folder: Path) -> Ed25519PrivateKey:
         key = Ed25519PrivateKey.generate()
         private, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_privately(folder / _FILE, key.private_bytes(serialization.Encoding.PEM, private, plain))
+        write_atomically(folder / _FILE, key.private_bytes(serialization.Encoding.PEM, private, plain), mode=0o600)
     return load_signing_key(folder)
 
 

@@ -322,6 +322,8 @@ def test_an_identity_is_renewed_before_it_expires_without_a_restart(
         assert federation.processes["upenn"].pid == pid
         assert federation.processes["upenn"].poll() is None
         assert place.coordinator._trust._identity.holder.serial != server
+        token = place.authority.token(Role.OPERATOR, "ada", HOUR)
+        assert enroll(place.enrolment, str(token), tmp_path / "late").holder.name == "ada"
     finally:
         federation.stop()
         place.close()

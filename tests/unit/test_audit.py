@@ -98,9 +98,19 @@ def test_a_history_written_anew_is_told_by_a_head_that_was_kept_elsewhere(tmp_pa
     verify(path)  # in itself it is whole
     with pytest.raises(TrustError, match="line 6: the log was written anew"):
         verify(path, kept)
+    with pytest.raises(TrustError, match="mistyped is missing"):
+        verify(path, tmp_path / "mistyped")
     kept.write_text("what")
     with pytest.raises(TrustError, match="not the head of an audit log"):
         verify(path, kept)
+
+
+def test_whoever_removes_the_head_with_the_last_lines_is_noticed(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
+    (tmp_path / "audit.log.head").unlink()
+    with pytest.raises(TrustError, match=r"audit\.log\.head is missing"):
+        verify(path)
 
 
 def test_a_line_that_a_crash_cut_short_was_no_record(tmp_path: Path) -> None:
@@ -123,6 +133,7 @@ def test_a_log_that_cannot_go_on_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "audit.log").write_text("nothing\n")
     with pytest.raises(StorageError, match="move the file away, and keep it"):
         AuditLog(tmp_path / "audit.log")
+    (tmp_path / "none.log.head").write_text("0")
     with pytest.raises(TrustError, match="No such file"):
         verify(tmp_path / "none.log")
     (tmp_path / "blocked").write_text("")
