@@ -150,8 +150,11 @@ class Agent:
             listening = asyncio.create_task(self._listen(line))
             tasks = {listening, *self._renewing(channel)}
             try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                return listening.result() if listening.done() else True
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if listening not in done:
+                    await done.pop()  # raises what should not have happened
+                    return True
+                return listening.result()
             finally:
                 for task in tasks:
                     task.cancel()
@@ -230,13 +233,10 @@ class Agent:
 
     def _hear_roster(self, text: str) -> None:
         try:
-            if text and self._roster.hear(text):
-                log.info("roster changed", client=self._settings.name, version=self._known_version())
+            if text and (news := self._roster.hear(text)) is not None:
+                log.info("roster changed", client=self._settings.name, version=news.version)
         except (TrustError, OSError) as error:
             log.error("roster refused", client=self._settings.name, why=str(error))
-
-    def _known_version(self) -> int:
-        return 0 if self._roster.version is None else self._roster.version.version
 
     # -- assignments ---------------------------------------------------------------------------------------------------
 

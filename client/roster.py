@@ -27,23 +27,23 @@ class KnownRoster:
         """The version that counts here; None where this site keeps no roster."""
         return None if self._chain is None else self._chain.last
 
-    def hear(self, text: str) -> bool:
-        """Accepts what a coordinator passes on, if this site keeps a roster; whether that was news.
+    def hear(self, text: str) -> Version | None:
+        """Accepts what a coordinator passes on, if this site keeps a roster; the new version, if that was news.
 
         Raises `TrustError`.
         """
-        return self._chain is not None and self._accept(Chain.from_json(text))
+        return None if self._chain is None else self._accept(Chain.from_json(text))
 
-    def _accept(self, chain: Chain) -> bool:
-        known = self.version
-        if self._chain is not None and chain.versions == self._chain.versions[: len(chain.versions)]:
-            return False  # known already, or an older copy of the same
-        found = chain.check(known)
-        if known is not None and found.version == known.version:
-            return False
-        chain.save(self._path)
-        self._chain = chain
-        return True
+    def _accept(self, chain: Chain) -> Version | None:
+        mine = () if self._chain is None else self._chain.versions
+        if chain.versions == mine[: len(chain.versions)]:
+            return None  # known already, or an older copy of the same
+        found = chain.check(self.version)
+        if found.version == len(mine):
+            return None
+        self._chain = Chain((*mine, *chain.versions[len(mine) :]))  # with the signatures that were checked here
+        self._chain.save(self._path)
+        return found
 
     def require(self, version: int, digest: bytes) -> None:
         """Raises `Refused` unless an assignment was made under the roster that counts here."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedkit import config
 from fedkit.codec import Header as CodecHeader
 from fedkit.codec import Limits
 from fedkit.config import NAME, parse
@@ -56,9 +57,10 @@ _FROM_CLIENTS = frozenset(
 
 def require_name(text: str, what: str) -> str:
     """`text`, which names something; raises `PayloadError` for what could be taken for a path or a command."""
-    if not NAME.fullmatch(text):
-        raise PayloadError(f"{what} must be 1 to 100 of A-Z a-z 0-9 _ . - and begin with a letter or digit")
-    return text
+    try:
+        return config.require_name(text, what)
+    except ConfigError as error:
+        raise PayloadError(str(error)) from None
 
 
 # -- assignments -------------------------------------------------------------------------------------------------------

@@ -98,9 +98,9 @@ def status(run: str | None, peer: Peer, as_json: bool) -> None:
     if clients:
         show.console.print(show.clients(clients), "")
     elif run is None:
-        _say("No client has attended yet. Next: start one at each site with fedkit client\n")
+        show.say("No client has attended yet. Next: start one at each site with fedkit client\n")
     if not found.runs:
-        _say("There are no runs yet. Next: fedkit run RUN.toml")
+        show.say("There are no runs yet. Next: fedkit run RUN.toml")
         return
     _show_runs(found.runs)
     if run is not None:
@@ -110,18 +110,18 @@ def status(run: str | None, peer: Peer, as_json: bool) -> None:
 def _show_runs(found: Sequence[RunStatus]) -> None:
     show.console.print(show.runs(found[:_LISTED], time.time()))
     if len(found) > _LISTED:
-        _say(f"and {len(found) - _LISTED} older ones: fedkit status --json shows them")
+        show.say(f"and {len(found) - _LISTED} older ones: fedkit status --json shows them")
     for one in found[:_LISTED]:
         if one.detail:
-            _say(f"\n{one.name} {one.state}: {one.detail}")
+            show.say(f"\n{one.name} {one.state}: {one.detail}")
 
 
 def _show_last(run: RunStatus) -> None:
-    _say(f"\nTask {run.task}, {run.strategy}, {run.rounds} rounds, seed {run.seed}")
+    show.say(f"\nTask {run.task}, {run.strategy}, {run.rounds} rounds, seed {run.seed}")
     if run.last is not None:
-        _say(f"Round {run.last.round}: {describe(run.last)}")
+        show.say(f"Round {run.last.round}: {describe(run.last)}")
     if run.models:
-        _say(f"\nNext: fedkit models {run.name} --out FILE ({', '.join(run.models)})")
+        show.say(f"\nNext: fedkit models {run.name} --out FILE ({', '.join(run.models)})")
 
 
 def cancel(run: str, peer: Peer, as_json: bool) -> None:
@@ -131,9 +131,9 @@ def cancel(run: str, peer: Peer, as_json: bool) -> None:
     if as_json:
         show.print_json(dataclasses.asdict(found))
     elif found.state == "cancelled":
-        _say(f"{run} is cancelled; the model of round {found.round} stands")
+        show.say(f"{run} is cancelled; the model of round {found.round} stands")
     else:
-        _say(f"{run} was over already: {found.state} after round {found.round}")
+        show.say(f"{run} was over already: {found.state} after round {found.round}")
 
 
 def models(run: str | None, peer: Peer, out: Path | None, which: str, as_json: bool) -> None:
@@ -153,9 +153,9 @@ def _list(runs: Sequence[RunStatus], as_json: bool) -> None:
         show.print_json([_facts(run, model) for run, model in found])
     elif found:
         show.console.print(show.models(found))
-        _say(f"\nNext: fedkit models {found[0][0].name} --which {found[0][1]} --out FILE")
+        show.say(f"\nNext: fedkit models {found[0][0].name} --which {found[0][1]} --out FILE")
     else:
-        _say("There are no models yet: one is there when a run has committed its first round. Next: fedkit status")
+        show.say("There are no models yet: one is there when a run has committed its first round. Next: fedkit status")
 
 
 def _facts(run: RunStatus, which: str) -> dict[str, Any]:
@@ -170,11 +170,7 @@ def _write(coordinator: Coordinator, run: str, out: Path, which: str, as_json: b
         facts = {"run": run, "which": which, "path": str(out), "bytes": size}
         show.print_json(facts | {"elements": weights.vector.size, "digest": weights.digest})
         return
-    _say(f"{out}: {weights.vector.size:,} weights of {run} ({which}), {size:,} bytes")
-    _say(
+    show.say(f"{out}: {weights.vector.size:,} weights of {run} ({which}), {size:,} bytes")
+    show.say(
         f'\nNext: fedkit.simulate(..., init="{out}") or task.build(seed) and fedkit.codec.load("{out}").to_module(...)'
     )
-
-
-def _say(text: str) -> None:
-    show.console.print(text, highlight=False, markup=False)

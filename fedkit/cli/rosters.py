@@ -53,24 +53,24 @@ def show_roster(path: Path, as_json: bool = False) -> None:
         show.print_json(facts | {"threshold": last.threshold, "members": dict(last.members)})
         return
     show.console.print(_table(last, before))
-    _say(f"\nDigest {last.digest[:32]}. The next version takes {last.threshold} of {len(last.members)} signatures.")
+    show.say(f"\nDigest {last.digest[:32]}. The next version takes {last.threshold} of {len(last.members)} signatures.")
     if missing:
-        _say(f"This version still needs signatures: {missing}.")
-        _say(f"\nNext: compare the fingerprints, then fedkit roster sign {path} --identity FOLDER, at each of them")
+        show.say(f"This version still needs signatures: {missing}.")
+        show.say(f"\nNext: compare the fingerprints, then fedkit roster sign {path} --identity FOLDER, at each of them")
     else:
         chain.check()
-        _say(f"It is complete. Next: give {path} to every member")
+        show.say(f"It is complete. Next: give {path} to every member")
 
 
 def _table(last: Version, before: Version | None) -> Table:
     table = Table(
         "member", "fingerprint", "change", "signed", title=f"{last.federation}, version {last.version}", box=None
     )
-    old = {} if before is None else dict(before.members)
+    old, signers = {} if before is None else dict(before.members), last.signers(before)
     for name in sorted({*last.members, *old}):
         key = last.members.get(name)
         change = "" if key == old.get(name) else "leaves" if key is None else "new key" if name in old else "joins"
-        signed = "yes" if name in last.signatures else ""
+        signed = "yes" if name in signers else ""
         table.add_row(name, fingerprint_of(key or old[name]), change, signed)
     return table
 
@@ -83,7 +83,3 @@ def _members(given: list[str]) -> dict[str, str]:
             raise ConfigError(f"a member is NAME=KEY, once, as fedkit roster key prints it; got {text!r:.100}")
         found[name] = key.strip().lower()
     return found
-
-
-def _say(text: str) -> None:
-    show.console.print(text, highlight=False, markup=False)

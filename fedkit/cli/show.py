@@ -30,6 +30,7 @@ __all__ = [
     "print_line",
     "rounds",
     "runs",
+    "say",
     "test_scores",
 ]
 
@@ -42,6 +43,11 @@ _SHOWN = 18  # rounds a live table holds; longer runs show the evaluated ones
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     print(json.dumps(value, indent=2))
+
+
+def say(text: str) -> None:
+    """A sentence for a person, as it is: nothing in it is coloured or taken for markup."""
+    console.print(text, highlight=False, markup=False)
 
 
 def print_line(text: str) -> None:

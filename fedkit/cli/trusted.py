@@ -23,10 +23,10 @@ __all__ = ["found", "invite", "join", "members", "revoke"]
 def found(folder: Path, name: str) -> None:
     """Makes an authority."""
     authority = Authority.create(folder, name)
-    _say(f"{folder} holds the authority of {name}, SHA-256 {fingerprint(authority.certificate).hex()[:16]}...")
-    _say("Whoever can read this folder can let anybody in: keep it on the coordinator's machine, and back it up.\n")
-    _say("Next: fedkit server --listen 0.0.0.0:8443 --enrolment 0.0.0.0:8444 --authority " + str(folder))
-    _say("      fedkit ca token SITE    a token for each site; --role operator for whoever begins runs")
+    show.say(f"{folder} holds the authority of {name}, SHA-256 {fingerprint(authority.certificate).hex()[:16]}...")
+    show.say("Whoever can read this folder can let anybody in: keep it on the coordinator's machine, and back it up.\n")
+    show.say("Next: fedkit server --listen 0.0.0.0:8443 --enrolment 0.0.0.0:8444 --authority " + str(folder))
+    show.say("      fedkit ca token SITE    a token for each site; --role operator for whoever begins runs")
 
 
 def invite(folder: Path, name: str, role: str, hours: float) -> None:
@@ -41,9 +41,11 @@ def join(address: str, folder: Path, file: Path | None) -> None:
     """Trades a token for an identity."""
     mine = enroll(address, _token(file), folder).holder
     until = dt.datetime.fromtimestamp(mine.expires, dt.UTC)
-    _say(f"{folder} is the identity of the {mine.role} {mine.name}, until {until:%Y-%m-%d}; it is renewed in time.\n")
+    show.say(
+        f"{folder} is the identity of the {mine.role} {mine.name}, until {until:%Y-%m-%d}; it is renewed in time.\n"
+    )
     what = "client --task TASK" if mine.role is Role.AGENT else "status"
-    _say(f"Next: fedkit {what} --coordinator HOST:PORT --identity {folder}")
+    show.say(f"Next: fedkit {what} --coordinator HOST:PORT --identity {folder}")
 
 
 def _token(file: Path | None) -> str:
@@ -66,7 +68,7 @@ def members(folder: Path, as_json: bool) -> None:
         show.print_json([dataclasses.asdict(one) | {"state": _state(one)} for one in everybody])
         return
     if not everybody:
-        _say("Nobody has enrolled yet. Next: fedkit ca token SITE")
+        show.say("Nobody has enrolled yet. Next: fedkit ca token SITE")
         return
     table = Table("name", "role", "certificate", "until", box=None)
     for one in everybody:
@@ -85,9 +87,5 @@ def revoke(folder: Path, name: str, role: str | None) -> None:
     """Ends a name's certificates."""
     ended = Authority(folder).revoke(name, None if role is None else Role(role))
     what = f"{len(ended.serials)} certificates and {ended.tokens} open tokens of {name}"
-    _say(f"{what} are revoked; its connections end within a second.")
-    _say(f"\nNext: fedkit ca token {name}, should it come back")
-
-
-def _say(text: str) -> None:
-    show.console.print(text, highlight=False, markup=False)
+    show.say(f"{what} are revoked; its connections end within a second.")
+    show.say(f"\nNext: fedkit ca token {name}, should it come back")

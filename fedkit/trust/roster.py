@@ -103,6 +103,11 @@ class Version:
             raise TrustError("nothing is changed by this")
         return Version(self.federation, self.version + 1, least, self.digest, members)
 
+    def signers(self, before: Version | None) -> set[str]:
+        """Whose signature is good, under the key they have here or had `before`."""
+        keys = [self.members, *([] if before is None else [before.members])]
+        return {name for name in self.signatures if any(self._is_signed_by(name, known) for known in keys)}
+
     def missing(self, before: Version | None) -> str:
         """Who has yet to sign, in words; empty where the version is complete. `before` is the one it follows."""
         fresh = [name for name, key in self.members.items() if before is None or before.members.get(name) != key]
@@ -116,8 +121,8 @@ class Version:
         return "" if old >= before.threshold else f"{before.threshold - old} of {', '.join(silent[:10])}"
 
     def _is_signed_by(self, name: str, keys: Mapping[str, str]) -> bool:
-        signature = self.signatures.get(name)
-        return signature is not None and _verifies(keys[name], signature, self.body)
+        key, signature = keys.get(name), self.signatures.get(name)
+        return key is not None and signature is not None and _verifies(key, signature, self.body)
 
 
 def _verifies(key: str, signature: str, body: bytes) -> bool:

@@ -31,6 +31,13 @@ def founded(threshold: int | None = 3) -> Chain:
     return signed(Chain.begin("hospitals", {name: PUBLIC[name] for name in FOUNDERS}, threshold), *FOUNDERS)
 
 
+def test_a_signature_that_is_not_good_is_not_shown_as_one() -> None:
+    chain = founded().propose(add={"hull": PUBLIC["hull"]})
+    forged = {"basel": chain.versions[0].signatures["basel"], "eve": "00" * 64}
+    chain = Chain((*chain.versions[:-1], dataclasses.replace(chain.last, signatures=forged)))
+    assert signed(chain, "hull", "zurich").last.signers(chain.versions[0]) == {"hull", "zurich"}
+
+
 def test_a_first_version_takes_everybody_it_names() -> None:
     chain = Chain.begin("hospitals", {name: PUBLIC[name] for name in FOUNDERS})
     assert chain.last.threshold == 3  # more than half of four
