@@ -17,6 +17,7 @@ import pytest
 
 import fedkit
 import fedkit.errors
+from fedkit import logs
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("fedkit", "server", "client", "strategies", "protos")
@@ -89,6 +90,12 @@ def test_only_the_command_line_prints() -> None:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
     ]
     assert set(printing) <= {"fedkit/cli/show.py"}
+
+
+def test_every_event_that_an_audit_log_keeps_is_one_that_happens() -> None:
+    texts = [path.read_text() for folder in ("server", "client") for path in (ROOT / folder).glob("*.py")]
+    said = set(re.findall(r'log\.\w+\(\s*"([^"]+)"', "\n".join(texts)))
+    assert said >= logs._AUDITED, f"nobody says {sorted(logs._AUDITED - said)}"
 
 
 def test_each_module_says_what_it_offers_and_offers_only_what_it_has() -> None:

@@ -159,7 +159,8 @@ def test_a_training_process_that_is_killed_while_it_waits_costs_nothing(federati
 def test_a_client_that_has_nothing_to_do_stays_connected(federation: Loopback) -> None:
     def longest() -> float:
         with fedkit.connect(federation.address) as coordinator:
-            return min(client.since_s for client in coordinator.status().clients if client.state == "ready")
+            ready = [client.since_s for client in coordinator.status().clients if client.state == "ready"]
+            return min(ready, default=0.0)
 
     eventually(lambda: longest() > 2.0, "all clients have been ready for four heartbeats")
 

@@ -239,6 +239,7 @@ async def test_every_coming_and_going_is_a_change() -> None:
     for event in (lambda: attendance.arrive(one), lambda: attendance.depart(one)):
         waiting = [asyncio.create_task(attendance.change(None)) for _ in range(2)]
         await turns(waiting[0])
+        assert not any(task.done() for task in waiting)
         event()
         await asyncio.gather(*waiting)
 

@@ -27,6 +27,7 @@ from fedkit.errors import (
     TaskError,
 )
 from fedkit.protos import convert_operators as convert
+from fedkit.protos import failures
 from fedkit.protos import operators_pb2 as pb
 from fedkit.protos.convert import NAME
 from fedkit.remote import _described, _made_up, _run_file_json, connect
@@ -161,19 +162,19 @@ def test_a_reason_from_a_newer_coordinator_is_kept_as_words() -> None:
     ],
 )
 def test_an_error_has_one_code_and_comes_back_as_itself(error: FedkitError, code: str) -> None:
-    assert convert.code_of(error).name == code
-    found = convert.error_from(convert.code_of(error), str(error), type(error).__name__)
+    assert failures.code_of(error).name == code
+    found = failures.error_from(failures.code_of(error), str(error), type(error).__name__)
     assert (type(found), str(found)) == (type(error), "x")
 
 
 def test_a_code_of_nobody_is_no_error_of_ours() -> None:
-    assert convert.error_from(grpc.StatusCode.INTERNAL, "x", "ConfigError") is None
-    assert type(convert.error_from(grpc.StatusCode.NOT_FOUND, "a\x1b\nb", "SystemExit")) is NoSuchRun
-    assert str(convert.error_from(grpc.StatusCode.NOT_FOUND, "a\x1b\nb", "")) == "a \nb"
+    assert failures.error_from(grpc.StatusCode.INTERNAL, "x", "ConfigError") is None
+    assert type(failures.error_from(grpc.StatusCode.NOT_FOUND, "a\x1b\nb", "SystemExit")) is NoSuchRun
+    assert str(failures.error_from(grpc.StatusCode.NOT_FOUND, "a\x1b\nb", "")) == "a \nb"
 
 
 def test_a_long_error_is_cut_to_what_a_status_holds() -> None:
-    assert convert.error_text(ConfigError("short")) == "short"
-    text = convert.error_text(ConfigError("ü" * 5000))
+    assert failures.error_text(ConfigError("short")) == "short"
+    text = failures.error_text(ConfigError("ü" * 5000))
     assert len(text.encode()) <= 2004
     assert text.endswith(" ...")
