@@ -21,8 +21,7 @@ import fedkit.remote
 from bench import echo
 from bench.bare.coordinator import cpu_seconds
 from fedkit.strategies import FedAvg
-from fedkit.trust.authority import Authority
-from fedkit.trust.certificates import Role
+from fedkit.trust.authority import found
 
 __all__ = ["ROOT", "Bare", "Federation", "command", "free_port"]
 
@@ -94,14 +93,7 @@ class Federation:
         return [f"c{index:02d}" for index in range(self.clients)]
 
     def _enrolled(self) -> dict[str, Path]:
-        authority = Authority.create(self.folder / "ca", "bench")
-        roles = {**dict.fromkeys(self._names(), Role.AGENT), "operator": Role.OPERATOR}
-        try:
-            return {
-                name: authority.identity(role, name).save(self.folder / f"id-{name}") for name, role in roles.items()
-            }
-        finally:
-            authority.close()
+        return found(self.folder / "ca", "bench", self._names(), lambda name: self.folder / f"id-{name}")
 
     def connect(self, patience_s: float = 300.0) -> fedkit.remote.Coordinator:
         """The coordinator, as an operator sees it."""

@@ -22,12 +22,13 @@ from fedkit.client.roster import KnownRoster
 from fedkit.client.settings import AgentSettings
 from fedkit.client.trainers import Job, Trainers
 from fedkit.codec import CHUNK_BYTES
-from fedkit.errors import PayloadError, Reason, Refused, RunError, TrustError
+from fedkit.errors import PayloadError, Reason, Refused, RunError, StorageError, TrustError
 from fedkit.logs import where
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, identities_pb2
 from fedkit.protos.channels import aio_channel, require_reachable
-from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, Calls, said
+from fedkit.protos.failures import meant
+from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, Calls
 from fedkit.trust.diagnosis import diagnose
 from fedkit.trust.identity import Identity
 from fedkit.weights import Manifest
@@ -181,9 +182,9 @@ class Agent:
                 made = await calls.renew(identities_pb2.RenewRequest(request=current.request()), timeout=_WELCOME_S)
                 self._identity = current.renewed(made.certificate)
                 self._identity.save(folder)
-            except (grpc.RpcError, TrustError, OSError) as error:
-                why = said(error) if isinstance(error, grpc.RpcError) else str(error)
-                log.error("certificate not renewed", client=self._settings.name, why=why)
+            except (grpc.RpcError, TrustError, StorageError) as error:
+                why = meant(error, self._settings.coordinator) if isinstance(error, grpc.RpcError) else error
+                log.error("certificate not renewed", client=self._settings.name, why=str(why))
                 await asyncio.sleep(_RENEWAL_PAUSE_S)
             else:
                 log.info("certificate renewed", client=self._settings.name)
@@ -235,7 +236,7 @@ class Agent:
         try:
             if text and (news := self._roster.hear(text)) is not None:
                 log.info("roster changed", client=self._settings.name, version=news.version)
-        except (TrustError, OSError) as error:
+        except (TrustError, StorageError) as error:
             log.error("roster refused", client=self._settings.name, why=str(error))
 
     # -- assignments ---------------------------------------------------------------------------------------------------
@@ -392,8 +393,8 @@ class Agent:
 def _why(error: grpc.RpcError) -> str:
     if not isinstance(error, grpc.aio.AioRpcError):
         return "broken"
-    turned_away = error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
-    return said(error) if turned_away else error.code().name.lower()
+    found = meant(error, "")
+    return str(found) if isinstance(found, TrustError) else error.code().name.lower()
 
 
 def _about(message: pb.Assignment, client: str) -> dict[str, Any]:

@@ -41,8 +41,9 @@ class KnownRoster:
         found = chain.check(self.version)
         if found.version == len(mine):
             return None
-        self._chain = Chain((*mine, *chain.versions[len(mine) :]))  # with the signatures that were checked here
-        self._chain.save(self._path)
+        longer = Chain((*mine, *chain.versions[len(mine) :]))  # with the signatures that were checked here
+        longer.save(self._path)  # first: what counts here counts after a restart too
+        self._chain = longer
         return found
 
     def require(self, version: int, digest: bytes) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import grpc
 from cryptography.hazmat.primitives import serialization
 
-from fedkit.codec import write_atomically
-from fedkit.errors import ConfigError, RemoteError, TrustError, Unreachable
+from fedkit.errors import ConfigError, FedkitError, TrustError, Unreachable
 from fedkit.protos import identities_pb2 as pb
-from fedkit.protos.wire import Calls, said
-from fedkit.trust.certificates import authority_in, make_key, request_for
+from fedkit.protos.failures import meant
+from fedkit.protos.wire import Calls
+from fedkit.trust.certificates import authority_in, request_for
 from fedkit.trust.diagnosis import shown_certificate
 from fedkit.trust.identity import Identity
 from fedkit.trust.tokens import Token
@@ -27,10 +27,10 @@ def enroll(address: str, token: str, folder: Path) -> Identity:
 
     The coordinator must prove that it belongs to the authority whose fingerprint the token carries, before it is told
     anything. Where an answer is lost, the same token works again in the same folder. Raises `TrustError`,
-    `Unreachable`, and `ConfigError` for a folder that holds an identity already.
+    `Unreachable`, `StorageError`, and `ConfigError` for a folder that holds an identity already.
     """
     given = Token.parse(token)
-    if (folder / "certificate.pem").exists():
+    if Identity.is_in(folder):
         raise ConfigError(f"{folder} holds an identity already: name another folder")
     try:
         authority = authority_in(shown_certificate(address), given.fingerprint)
@@ -38,7 +38,7 @@ def enroll(address: str, token: str, folder: Path) -> Identity:
         text = f"{address} does not answer ({error.strerror or 'no answer'}): is this the enrolment port?"
         raise Unreachable(text) from None
     root = authority.public_bytes(serialization.Encoding.PEM)
-    key = _key(folder)
+    key = Identity.begin(folder)
     request = pb.EnrollRequest(token=str(given), request=request_for(key, given.role, given.name))
     with grpc.secure_channel(address, grpc.ssl_channel_credentials(root)) as channel:
         calls = Calls(channel, pb.DESCRIPTOR.services_by_name["Enrolment"])
@@ -65,25 +65,20 @@ def renew(channel: grpc.Channel, identity: Identity, folder: Path) -> Identity:
     try:
         made = calls.renew(pb.RenewRequest(request=identity.request()), timeout=_ANSWER_S)
     except grpc.RpcError as error:
-        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        failure = meant(error, "the coordinator")
+        if isinstance(failure, Unreachable):
             return identity
-        raise _meant(error, "the coordinator") from None
+        raise failure from None
     found = identity.renewed(made.certificate)
     found.save(folder)
     return found
 
 
-def _key(folder: Path) -> bytes:
-    """The key of an enrolment that broke off, or a new one; it is on disk before anybody hears of it."""
-    path = folder / "key.pem"
-    if not path.exists():
-        write_atomically(path, make_key(), mode=0o600)
-    return path.read_bytes()
-
-
-def _meant(error: grpc.RpcError, address: str) -> TrustError | RemoteError:
-    if error.code() is grpc.StatusCode.PERMISSION_DENIED:
-        return TrustError(said(error))
-    if error.code() is grpc.StatusCode.UNAVAILABLE:
-        return Unreachable(f"{address} does not answer as the token's federation would: check the address and its name")
-    return RemoteError(f"{address} answered {error.code().name}: is this the enrolment port of a coordinator?")
+def _meant(error: grpc.RpcError, address: str) -> FedkitError:
+    found = meant(error, address)
+    if isinstance(found, Unreachable):
+        return Unreachable(
+            f"{address} does not answer as the token's federation would: check the address, its name, and that it is "
+            "the enrolment port"
+        )
+    return found

@@ -90,14 +90,9 @@ class Loopback:
         self.stop()
 
     def _make_authority(self) -> None:
-        from fedkit.trust.authority import Authority
-        from fedkit.trust.certificates import Role
+        from fedkit.trust.authority import found
 
-        authority = Authority.create(self.authority, "loopback")
-        authority.identity(Role.OPERATOR, "operator").save(self.identity("operator"))
-        for name in self.clients:
-            authority.identity(Role.AGENT, name).save(self.identity(name))
-        authority.close()
+        found(self.authority, "loopback", self.clients, self.identity)
 
     # -- beginning -----------------------------------------------------------------------------------------------------
 

@@ -26,14 +26,12 @@ from fedkit.config import Evaluation, parse
 from fedkit.enrolment import renew
 from fedkit.errors import (
     ConfigError,
-    FedkitError,
     NameTaken,
     NoSuchRun,
     PayloadError,
     RemoteError,
     RunCancelled,
     RunFailed,
-    TrustError,
     Unreachable,
 )
 from fedkit.progress import shown
@@ -41,7 +39,8 @@ from fedkit.protos import convert_operators as convert
 from fedkit.protos import operators_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.protos.channels import channel
-from fedkit.protos.wire import CHANNEL_OPTIONS, Calls, frame, said, unframe
+from fedkit.protos.failures import meant
+from fedkit.protos.wire import CHANNEL_OPTIONS, Calls, frame, unframe
 from fedkit.result import Result, trained, warn_of_failures
 from fedkit.rounds.conduct import Outcome
 from fedkit.rounds.journal import RoundRecord
@@ -424,7 +423,7 @@ class _Absence:
     def bear(self, error: grpc.RpcError) -> None:
         """Waits a moment. Raises `Unreachable` at the end of patience, and at once what any other error stands for."""
         if error.code() not in _AWAY:
-            raise _meant(error, self._peer.address) from None
+            raise meant(error, self._peer.address) from None
         now = time.monotonic()
         if self._since is None and not self._peer.has_answered:
             hint = diagnose(self._peer.address, self._peer.identity)
@@ -443,20 +442,6 @@ class _Absence:
         if not self._run:
             return text
         return f"{text} {self._run} goes on as soon as the coordinator does: look again with fedkit status {self._run}"
-
-
-def _meant(error: grpc.RpcError, address: str) -> FedkitError:
-    code = error.code()
-    metadata = error.trailing_metadata() or ()
-    name = next((str(found.value) for found in metadata if found.key == convert.ERROR_KEY), "")
-    found = convert.error_from(code, error.details() or "", name)
-    if found is not None:
-        return found
-    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-        return TrustError(f"{address}: {said(error)}")
-    if code is grpc.StatusCode.UNIMPLEMENTED:
-        return RemoteError(f"what answers at {address} is not a coordinator of fedkit, or one of another version")
-    return RemoteError(f"the coordinator at {address} answered {code.name}: {error.details()!r:.300}")
 
 
 # -- what is sent ------------------------------------------------------------------------------------------------------

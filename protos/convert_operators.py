@@ -1,4 +1,4 @@
-"""Between the messages of `operators.proto` and the library's own values, and between errors and gRPC's codes."""
+"""Between the messages of `operators.proto` and the library's own values."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-import grpc
 from blake3 import blake3
 
-from fedkit import errors
 from fedkit.codec import Header, Limits
-from fedkit.errors import FedkitError, PayloadError, Reason
+from fedkit.errors import PayloadError, Reason
 from fedkit.protos import operators_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.protos.convert import header_from_proto
+from fedkit.protos.wire import shown
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome
 from fedkit.rounds.journal import RoundRecord
@@ -22,12 +21,8 @@ from fedkit.status import ClientState, ClientStatus, JobStatus, RunState, RunSta
 from fedkit.weights import Weights
 
 __all__ = [
-    "ERROR_KEY",
     "client_from_proto",
     "client_to_proto",
-    "code_of",
-    "error_from",
-    "error_text",
     "model_header_from_proto",
     "model_header_to_proto",
     "outcome_from_proto",
@@ -41,66 +36,7 @@ __all__ = [
     "status_from_proto",
 ]
 
-ERROR_KEY = "fedkit-error"  # trailing metadata: the error's class, where a code stands for several
-_TEXT_BYTES = 2000  # of an error, in UTF-8: trailing metadata beyond 8 KiB loses the whole answer
 _MOST = (1 << 63) - 1  # settings have no upper bound, fields of messages have
-
-_CODES: tuple[tuple[type[FedkitError], grpc.StatusCode], ...] = (  # the first that fits
-    (errors.NameTaken, grpc.StatusCode.ALREADY_EXISTS),
-    (errors.NoSuchRun, grpc.StatusCode.NOT_FOUND),
-    (errors.ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.TaskError, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.IncompatibleStrategy, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.PayloadError, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.ManifestMismatch, grpc.StatusCode.INVALID_ARGUMENT),
-    (FedkitError, grpc.StatusCode.FAILED_PRECONDITION),
-)
-_SPOKEN: dict[str, type[FedkitError]] = {
-    kind.__name__: kind
-    for kind in (
-        errors.DataError,
-        errors.IncompatibleStrategy,
-        errors.ManifestMismatch,
-        errors.MetricNotSummable,
-        errors.PayloadError,
-        errors.RunCancelled,
-        errors.RunFailed,
-        errors.StateError,
-        errors.TaskError,
-    )
-}
-_PLAIN: dict[grpc.StatusCode, type[FedkitError]] = {
-    grpc.StatusCode.ALREADY_EXISTS: errors.NameTaken,
-    grpc.StatusCode.NOT_FOUND: errors.NoSuchRun,
-    grpc.StatusCode.INVALID_ARGUMENT: errors.ConfigError,
-    grpc.StatusCode.FAILED_PRECONDITION: errors.RunError,
-}
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
-def code_of(error: FedkitError) -> grpc.StatusCode:
-    """The gRPC code that stands for an error of this kind."""
-    return next(code for kind, code in _CODES if isinstance(error, kind))
-
-
-def error_text(error: FedkitError) -> str:
-    """What an error says, short enough for a gRPC status."""
-    raw = str(error).encode()
-    return str(error) if len(raw) <= _TEXT_BYTES else raw[:_TEXT_BYTES].decode(errors="ignore") + " ..."
-
-
-def error_from(code: grpc.StatusCode, text: str, name: str) -> FedkitError | None:
-    """The error that was raised at the other side; None for a code that no error of ours has."""
-    text = "\n".join(_shown(line) for line in text.splitlines())
-    return _SPOKEN.get(name, _PLAIN[code])(text) if code in _PLAIN else None
-
-
-def _shown(text: str) -> str:
-    """Text that came over the wire, without what could steer a terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
-
 
 # -- rounds ------------------------------------------------------------------------------------------------------------
 
@@ -129,7 +65,7 @@ def record_from_proto(message: pb.Round) -> RoundRecord:
     return RoundRecord(
         round=message.round,
         attempt=message.attempt,
-        clients=tuple(_shown(client) for client in message.clients),
+        clients=tuple(shown(client) for client in message.clients),
         examples=message.examples,
         loss=message.loss if message.HasField("loss") else None,
         metrics=_values(message.metrics),
@@ -152,11 +88,11 @@ def _scores_to_proto(scores: Mapping[str, Mapping[str, float]]) -> dict[str, pb.
 
 
 def _values(found: Mapping[str, float]) -> dict[str, float]:
-    return {_shown(name): found[name] for name in sorted(found, key=lambda name: (name != "loss", name))}
+    return {shown(name): found[name] for name in sorted(found, key=lambda name: (name != "loss", name))}
 
 
 def _scores(found: Mapping[str, pb.Scores]) -> dict[str, dict[str, float]]:
-    return {_shown(client): _values(found[client].values) for client in sorted(found)}
+    return {shown(client): _values(found[client].values) for client in sorted(found)}
 
 
 def _refusals_to_proto(refusals: Iterable[Refusal]) -> list[pb.RoundRefusal]:
@@ -169,9 +105,9 @@ def _refusals(messages: Iterable[pb.RoundRefusal]) -> tuple[Refusal, ...]:
 
 def _refusal(message: pb.RoundRefusal) -> Refusal:
     try:
-        return Refusal(_shown(message.client), Reason(message.reason), _shown(message.detail))
+        return Refusal(shown(message.client), Reason(message.reason), shown(message.detail))
     except ValueError:  # a newer coordinator knows more reasons
-        return Refusal(_shown(message.client), Reason.FAILED, _shown(f"{message.reason}: {message.detail}"))
+        return Refusal(shown(message.client), Reason.FAILED, shown(f"{message.reason}: {message.detail}"))
 
 
 # -- runs and clients --------------------------------------------------------------------------------------------------
@@ -198,18 +134,18 @@ def run_to_proto(status: RunStatus) -> pb.Run:
 def run_from_proto(message: pb.Run) -> RunStatus:
     """One run."""
     return RunStatus(
-        name=_shown(message.name),
-        task=_shown(message.task),
-        strategy=_shown(message.strategy),
-        state=cast(RunState, _shown(message.state)),
+        name=shown(message.name),
+        task=shown(message.task),
+        strategy=shown(message.strategy),
+        state=cast(RunState, shown(message.state)),
         round=message.round,
         rounds=message.rounds,
         seed=message.seed,
-        detail=_shown(message.detail),
+        detail=shown(message.detail),
         submitted_at=message.submitted_at,
         ended_at=message.ended_at,
         last=record_from_proto(message.last) if message.HasField("last") else None,
-        models=tuple(_shown(model) for model in message.models),
+        models=tuple(shown(model) for model in message.models),
     )
 
 
@@ -239,25 +175,23 @@ def _job_to_proto(job: JobStatus) -> pb.Job:
 def client_from_proto(message: pb.Client) -> ClientStatus:
     """One client."""
     jobs = [
-        JobStatus(
-            _shown(job.run), job.round, _shown(job.assignment_id), _shown(job.work), int(job.done), int(job.total)
-        )
+        JobStatus(shown(job.run), job.round, shown(job.assignment_id), shown(job.work), int(job.done), int(job.total))
         for job in message.jobs
     ]
     return ClientStatus(
-        name=_shown(message.name),
-        state=cast(ClientState, _shown(message.state)),
-        tasks=tuple(_shown(task) for task in message.tasks),
+        name=shown(message.name),
+        state=cast(ClientState, shown(message.state)),
+        tasks=tuple(shown(task) for task in message.tasks),
         since_s=message.since_s,
         jobs=tuple(jobs),
-        last_refusal=_shown(message.last_refusal),
+        last_refusal=shown(message.last_refusal),
     )
 
 
 def status_from_proto(message: pb.StatusReply) -> Status:
     """Clients and runs."""
     clients = tuple(client_from_proto(client) for client in message.clients)
-    return Status(clients, tuple(run_from_proto(run) for run in message.runs), _shown(message.software))
+    return Status(clients, tuple(run_from_proto(run) for run in message.runs), shown(message.software))
 
 
 # -- outcomes ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ __all__ = [
     "frame",
     "handlers",
     "load",
-    "said",
+    "shown",
     "unframe",
 ]
 
@@ -163,10 +163,9 @@ def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHan
     return grpc.method_handlers_generic_handler(service.full_name, found)
 
 
-def said(error: grpc.RpcError) -> str:
-    """What the other side says about an error, without anything that a terminal would obey."""
-    details = error.details() if isinstance(error, grpc.Call | grpc.aio.AioRpcError) else ""
-    return "".join(letter for letter in str(details or "")[:300] if letter.isprintable())
+def shown(text: str) -> str:
+    """Text that came over the wire as one line, without anything that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 class Calls:

@@ -17,7 +17,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from fedkit.errors import TrustError
 from fedkit.trust.certificates import Holder, Role, holder
 
-__all__ = ["Guard", "caller"]
+__all__ = ["Guard", "caller", "is_encrypted"]
 
 log = structlog.get_logger("fedkit.server")
 
@@ -32,15 +32,22 @@ _LONGEST_S = 24 * 3600.0  # for which one timer is set
 
 def caller(context: Any) -> Holder | None:
     """Whom the certificate of a call names; None for a call without TLS. Raises `TrustError`."""
-    shown = context.auth_context()
-    if shown.get("transport_security_type") != [b"ssl"]:
+    if not is_encrypted(context):
         return None
-    if shown.get("ssl_tls_version") != [b"TLSv1.3"]:
-        raise TrustError("TLS 1.3 is spoken here, and nothing older")
-    certificates = shown.get("x509_pem_cert", [])
+    certificates = context.auth_context().get("x509_pem_cert", [])
     if len(certificates) != 1:
         raise TrustError("there is no certificate")
     return holder(certificates[0])
+
+
+def is_encrypted(context: Any) -> bool:
+    """Whether a call came over TLS; raises `TrustError` for a version before 1.3."""
+    shown = context.auth_context()
+    if shown.get("transport_security_type") != [b"ssl"]:
+        return False
+    if shown.get("ssl_tls_version") != [b"TLSv1.3"]:
+        raise TrustError("TLS 1.3 is spoken here, and nothing older")
+    return True
 
 
 class Guard:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
 import structlog
 
 from fedkit.errors import TrustError
 from fedkit.protos import identities_pb2 as pb
-from fedkit.server.guard import caller
+from fedkit.protos.failures import answering
+from fedkit.server.guard import caller, is_encrypted
 from fedkit.trust.authority import Authority
 from fedkit.trust.tokens import Token
 
@@ -26,15 +26,17 @@ class EnrolmentService:
 
     async def enroll(self, request: pb.EnrollRequest, context: Any) -> pb.Certificate:
         """A certificate for a token."""
-        try:
-            token = Token.parse(request.token)
-            made = self._authority.enroll(token, request.request)
-        except TrustError as error:
-            log.warning("enrolment refused", why=str(error))
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
-            raise AssertionError("abort raises") from None
-        log.info("enrolled", role=token.role.value, name=token.name)
-        return pb.Certificate(certificate=made)
+        async with answering(context):
+            try:
+                if not is_encrypted(context):
+                    raise TrustError("TLS is spoken here")
+                token = Token.parse(request.token)
+                made = self._authority.enroll(token, request.request)
+            except TrustError as error:
+                log.warning("enrolment refused", why=str(error))
+                raise
+            log.info("enrolled", role=token.role.value, name=token.name)
+            return pb.Certificate(certificate=made)
 
 
 class IdentityService:
@@ -45,13 +47,10 @@ class IdentityService:
 
     async def renew(self, request: pb.RenewRequest, context: Any) -> pb.Certificate:
         """A fresh certificate for whoever calls."""
-        try:
+        async with answering(context):
             current = caller(context)
             if current is None:
                 raise TrustError("there is no certificate to renew")
             made = self._authority.renew(current, request.request)
-        except TrustError as error:
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
-            raise AssertionError("abort raises") from None
-        log.info("renewed", role=current.role.value, name=current.name)
-        return pb.Certificate(certificate=made)
+            log.info("renewed", role=current.role.value, name=current.name)
+            return pb.Certificate(certificate=made)

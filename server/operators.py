@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, NoReturn
 
-import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
 from fedkit import __version__
 from fedkit.codec import CHUNK_BYTES, Decoder, Limits, encode
 from fedkit.config import NAME, parse
-from fedkit.errors import ConfigError, FedkitError, NoSuchRun, PayloadError, RunError
+from fedkit.errors import ConfigError, NoSuchRun, PayloadError, RunError
 from fedkit.protos import convert_operators as convert
 from fedkit.protos import operators_pb2 as pb
 from fedkit.protos import tensors_pb2
+from fedkit.protos.failures import answering
 from fedkit.protos.wire import frame, unframe
 from fedkit.runfile import RunFile
 from fedkit.server.runbook import RunBook, RunStatus
@@ -127,7 +126,7 @@ class OperatorService:
 
     async def submit(self, request: pb.SubmitRequest, context: Any) -> pb.Run:
         """Begins a run."""
-        async with _answering(context):
+        async with answering(context):
             file = _run_file(request.run_file)
             init = self._initial.find(request.init_digest) if request.init_digest else None
             status = self._book.submit(file, init)
@@ -136,14 +135,14 @@ class OperatorService:
 
     async def cancel_run(self, request: pb.RunRequest, context: Any) -> pb.Run:
         """Ends a run."""
-        async with _answering(context):
+        async with answering(context):
             status = self._book.cancel(_named(request.run))
             log.info("cancelled", run=status.name, state=status.state)
             return convert.run_to_proto(status)
 
     async def status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:
         """Clients and runs, as many of the newest runs as a message holds."""
-        async with _answering(context):
+        async with answering(context):
             reply = pb.StatusReply(software=f"fedkit {__version__}")
             reply.clients.extend(convert.client_to_proto(client) for client in self._book.clients())
             if request.run:
@@ -156,7 +155,7 @@ class OperatorService:
 
     async def watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.RunEvent]:
         """How the run stands now, then every later round, then its end."""
-        async with _answering(context):
+        async with answering(context):
             status = self._run(request.run)
             if not status.is_over:
                 yield pb.RunEvent(state=convert.run_to_proto(status))
@@ -170,7 +169,7 @@ class OperatorService:
 
     async def fetch_outcome(self, request: pb.RunRequest, context: Any) -> pb.Outcome:
         """What a run ended with; a history too long for one message is left to `watch`."""
-        async with _answering(context):
+        async with answering(context):
             name = _named(request.run)
             message = convert.outcome_to_proto(self._book.outcome(name), self._book.file(name).strategy)
             if message.ByteSize() > _REPLY_BYTES:
@@ -179,7 +178,7 @@ class OperatorService:
 
     async def fetch_model(self, request: pb.ModelRequest, context: Any) -> AsyncIterator[bytes]:
         """A model or state: its header, then the bytes from the offset on."""
-        async with _answering(context):
+        async with answering(context):
             name = _named(request.run)
             if request.which not in _MODELS:
                 raise ConfigError(f"which must be one of {', '.join(_MODELS)}")
@@ -193,7 +192,7 @@ class OperatorService:
 
     async def store_model(self, requests: AsyncIterator[bytes], context: Any) -> pb.StoredModel:
         """Takes initial weights for a run to come."""
-        async with _answering(context):
+        async with answering(context):
             return pb.StoredModel(digest=await self._initial.take(requests))
 
     def _run(self, name: str) -> RunStatus:
@@ -201,23 +200,6 @@ class OperatorService:
         if not found:
             raise NoSuchRun(f"there is no run {name!r}")
         return found[0]
-
-
-@contextlib.asynccontextmanager
-async def _answering(context: Any) -> AsyncIterator[None]:
-    """Errors of ours become the gRPC codes that stand for them."""
-    try:
-        yield
-    except TimeoutError:
-        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the model did not arrive in time")
-    except FedkitError as error:
-        await _refuse(context, error)
-
-
-async def _refuse(context: Any, error: FedkitError) -> NoReturn:
-    named = ((convert.ERROR_KEY, type(error).__name__),)
-    await context.abort(convert.code_of(error), convert.error_text(error), trailing_metadata=named)
-    raise AssertionError("abort raises")
 
 
 def _named(name: str) -> str:

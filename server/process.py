@@ -31,7 +31,7 @@ from fedkit.task import Task
 from fedkit.trust.authority import Authority
 from fedkit.trust.roster import Chain
 
-__all__ = ["Coordinator", "CoordinatorSettings", "coordinate", "require_loopback"]
+__all__ = ["Coordinator", "CoordinatorSettings", "coordinate"]
 
 log = structlog.get_logger("fedkit.server")
 
@@ -63,7 +63,7 @@ class CoordinatorSettings(Settings):
     hosts: tuple[str, ...] = ()
 
 
-def require_loopback(address: str) -> tuple[str, int]:
+def _require_loopback(address: str) -> tuple[str, int]:
     """Host and port of a loopback address; raises `ConfigError` that explains why no other will do."""
     host, port = parts(address)
     if not is_loopback(host):
@@ -76,7 +76,7 @@ def require_loopback(address: str) -> tuple[str, int]:
 
 def _require_safe(settings: CoordinatorSettings) -> None:
     if settings.authority is None:
-        require_loopback(settings.listen)
+        _require_loopback(settings.listen)
         if settings.enrolment is not None or settings.hosts:
             raise ConfigError("enrolment and hosts belong to TLS: give the folder of an authority, with --authority")
     for address in (settings.listen, settings.enrolment):

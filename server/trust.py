@@ -112,6 +112,6 @@ def listen(server: Any, address: str, credentials: grpc.ServerCredentials | None
 
 
 def _usual(host: str) -> set[str]:
-    """Under what a machine is dialled: where it listens, its own names, and loopback."""
-    names = {"localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()}
-    return {name for name in {*names, *({host} if host not in ("0.0.0.0", "::") else set())} if name}  # noqa: S104
+    """Under what a machine is dialled: where it listens, its own name, and loopback."""
+    names = {"localhost", "127.0.0.1", "::1", socket.gethostname(), host}
+    return {name for name in names - {"0.0.0.0", "::"} if name and name.isascii()}  # noqa: S104 - compared, not listened on

@@ -11,17 +11,15 @@ import datetime as dt
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedkit.codec import write_atomically
 from fedkit.config import require_name
 from fedkit.errors import ConfigError, StorageError, TrustError
 from fedkit.trust.certificates import (
@@ -35,10 +33,11 @@ from fedkit.trust.certificates import (
     make_key,
     request_for,
 )
+from fedkit.trust.files import key_in, pem_of, read_secret, write
 from fedkit.trust.identity import Identity
 from fedkit.trust.tokens import Token
 
-__all__ = ["Authority", "Member", "Revoked"]
+__all__ = ["Authority", "Member", "Revoked", "found"]
 
 _KEY, _CERTIFICATE, _DATABASE = "authority-key.pem", "authority.pem", "authority.db"
 _PEM = serialization.Encoding.PEM
@@ -95,11 +94,8 @@ class Authority:
         if (folder / _KEY).exists():
             raise ConfigError(f"{folder} holds an authority already: name another folder, or use that one")
         key, certificate = make_authority(federation)
-        with _told(folder):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomically(folder / _CERTIFICATE, certificate.public_bytes(_PEM))
-            private = key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-            write_atomically(folder / _KEY, private, mode=0o600)
+        write(folder / _CERTIFICATE, certificate.public_bytes(_PEM))
+        write(folder / _KEY, pem_of(key), secret=True)
         return cls(folder)
 
     @property
@@ -233,6 +229,18 @@ class Authority:
                 yield self._connection
 
 
+def found(
+    folder: Path, federation: str, agents: Iterable[str], place: Callable[[str], Path], operator: str = "operator"
+) -> dict[str, Path]:
+    """A new authority with an identity for each agent and one operator, all on this machine; their folders by name."""
+    authority = Authority.create(folder, federation)
+    roles = {**dict.fromkeys(agents, Role.AGENT), operator: Role.OPERATOR}
+    try:
+        return {name: authority.identity(role, name).save(place(name)) for name, role in roles.items()}
+    finally:
+        authority.close()
+
+
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
     try:
@@ -242,14 +250,10 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _read(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    key = key_in(read_secret(folder / _KEY, f"fedkit ca init NAME --authority {folder} makes an authority"))
     try:
-        raw, pem = (folder / _KEY).read_bytes(), (folder / _CERTIFICATE).read_bytes()
-    except OSError as error:
-        text = f"{folder}: {error.strerror or error}; fedkit ca init NAME --authority {folder} makes one"
-        raise TrustError(text) from None
-    try:
-        key, certificate = serialization.load_pem_private_key(raw, None), x509.load_pem_x509_certificate(pem)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+        certificate = x509.load_pem_x509_certificate((folder / _CERTIFICATE).read_bytes())
+    except (OSError, ValueError):
         raise TrustError(f"{folder} does not hold an authority: put the folder back as it was") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate.public_key() != key.public_key():
         raise TrustError(f"{folder}: key and certificate do not belong together: put the folder back as it was")

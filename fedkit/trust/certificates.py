@@ -24,6 +24,7 @@ from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsag
 
 from fedkit.config import NAME
 from fedkit.errors import TrustError
+from fedkit.trust.files import key_in, pem_of
 
 __all__ = [
     "Holder",
@@ -86,18 +87,14 @@ def make_authority(federation: str) -> tuple[ec.EllipticCurvePrivateKey, x509.Ce
 
 def make_key() -> bytes:
     """A new private key, PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    return key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return pem_of(ec.generate_private_key(ec.SECP256R1()))
 
 
 def private_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     """The key of a PEM; raises `TrustError`, which never shows any of it."""
-    try:
-        key = serialization.load_pem_private_key(pem, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise TrustError("the private key is not one in PEM, or is encrypted: enrol again") from None
+    key = key_in(pem)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise TrustError("the private key is not of the kind ECDSA: enrol again")
+        raise TrustError("the private key is not one of ECDSA in PEM, or is encrypted: enrol again")
     return key
 
 

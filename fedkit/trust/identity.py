@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
-from fedkit.codec import write_atomically
 from fedkit.errors import TrustError
-from fedkit.trust.certificates import Holder, Role, holder, private_key, request_for
+from fedkit.trust.certificates import Holder, Role, holder, make_key, private_key, request_for
+from fedkit.trust.files import read_secret, write
 
 __all__ = ["Identity"]
 
@@ -30,24 +29,37 @@ class Identity:
     @classmethod
     def load(cls, folder: Path) -> Identity:
         """What `save` wrote; raises `TrustError` where something is missing, or does not belong together."""
+        advice = f"fedkit enroll --out {folder} makes an identity"
+        key = read_secret(folder / _KEY, advice)
         try:
-            found = cls(*((folder / name).read_bytes() for name in (_KEY, _CERTIFICATE, _AUTHORITY)))
+            found = cls(key, (folder / _CERTIFICATE).read_bytes(), (folder / _AUTHORITY).read_bytes())
         except OSError as error:
-            text = f"{folder}: {error.strerror or error}; fedkit enroll --out {folder} makes an identity"
-            raise TrustError(text) from None
-        if os.stat(folder / _KEY).st_mode & 0o077:
-            raise TrustError(f"{folder / _KEY} can be read by others than you: chmod 600 {folder / _KEY}")
+            raise TrustError(f"{folder}: {error.strerror or error}; {advice}") from None
         found.check()
         return found
 
     def save(self, folder: Path) -> Path:
-        """Writes the three files, the key for its owner alone; each file whole, and the certificate last."""
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Writes the three files, the certificate last, and returns the folder; raises `StorageError`."""
         if not (folder / _KEY).exists() or (folder / _KEY).read_bytes() != self.key:
-            write_atomically(folder / _KEY, self.key, mode=0o600)
-        write_atomically(folder / _AUTHORITY, self.authority)
-        write_atomically(folder / _CERTIFICATE, self.certificate)
+            write(folder / _KEY, self.key, secret=True)
+        write(folder / _AUTHORITY, self.authority)
+        write(folder / _CERTIFICATE, self.certificate)
         return folder
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether the folder holds an identity, or what is left of one."""
+        return (folder / _CERTIFICATE).exists()
+
+    @staticmethod
+    def begin(folder: Path) -> bytes:
+        """A key for an identity to come, in PEM: on disk before anybody hears of it, and the same one when asked again.
+
+        Raises `StorageError`, and `TrustError` for a key that others may read.
+        """
+        if not (folder / _KEY).exists():
+            write(folder / _KEY, make_key(), secret=True)
+        return read_secret(folder / _KEY, "enrol again")
 
     @property
     def holder(self) -> Holder:

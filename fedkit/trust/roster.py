@@ -24,9 +24,9 @@ from blake3 import blake3
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedkit.codec import write_atomically
 from fedkit.config import NAME
 from fedkit.errors import TrustError
+from fedkit.trust.files import write
 
 __all__ = ["Chain", "Version", "fingerprint_of"]
 
@@ -236,8 +236,8 @@ class Chain:
             raise TrustError(f"{path}: {error}") from None
 
     def save(self, path: Path) -> None:
-        """Writes the file whole."""
-        write_atomically(path, self.to_json().encode())
+        """Writes the file whole; raises `StorageError`."""
+        write(path, self.to_json().encode())
 
 
 def _version(tree: Any) -> Version:
