@@ -18,6 +18,7 @@ from fedkit import __version__
 from fedkit.client.inbox import Inbox
 from fedkit.client.line import Gone, Line, LineLost
 from fedkit.client.outbox import Outbox, Stored
+from fedkit.client.permits import Permits
 from fedkit.client.roster import KnownRoster
 from fedkit.client.settings import AgentSettings
 from fedkit.client.trainers import Job, Trainers
@@ -71,6 +72,7 @@ class Agent:
         inbox: Inbox,
         trainers: Trainers,
         roster: KnownRoster,
+        permits: Permits,
     ) -> None:
         self._settings = settings
         self._tasks = tasks
@@ -78,6 +80,7 @@ class Agent:
         self._inbox = inbox
         self._trainers = trainers
         self._roster = roster
+        self._permits = permits
         self._instance = secrets.token_bytes(16)
         self._errands: dict[str, _Errand] = {}
         self._line: Line | None = None
@@ -147,7 +150,7 @@ class Agent:
         """One session; whether there was a welcome."""
         options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]  # each try dials anew
         async with aio_channel(self._settings.coordinator, self._identity, options) as channel:
-            line = Line(channel, self._hello())
+            line = Line(channel, self._hello(), self._heartbeat)
             listening = asyncio.create_task(self._listen(line))
             tasks = {listening, *self._renewing(channel)}
             try:
@@ -191,7 +194,10 @@ class Agent:
                 return
 
     def _hello(self) -> pb.Hello:
+        voucher = self._roster.voucher(fresh=True)
         return pb.Hello(
+            voucher=None if voucher is None else convert.voucher_to_proto(voucher),
+            min_cohort=self._permits.policy.min_cohort,
             protocol=PROTOCOL,
             client=self._settings.name,
             instance=self._instance,
@@ -201,6 +207,10 @@ class Agent:
             held=self._outbox.held(),
             running=list(self._errands),
         )
+
+    def _heartbeat(self) -> pb.Heartbeat:
+        voucher = self._roster.voucher()
+        return pb.Heartbeat(voucher=None if voucher is None else convert.voucher_to_proto(voucher))
 
     async def _listen(self, line: Line) -> bool:
         try:
@@ -214,9 +224,9 @@ class Agent:
     def _hear(self, line: Line, message: pb.ToAgent, payload: memoryview | bytes) -> None:
         kind = message.WhichOneof("what")
         if kind == "welcome":
+            self._hear_roster(message.welcome.roster)  # before the first heartbeat, which may carry a new voucher
             line.open(message.welcome)
             self._line = line
-            self._hear_roster(message.welcome.roster)
             self._settle(message.welcome.settlement)
             log.info("connected", client=self._settings.name, coordinator=self._settings.coordinator)
         elif kind == "assignment":
@@ -283,11 +293,11 @@ class Agent:
 
     async def _work(self, errand: _Errand) -> None:
         message = errand.message
-        convert.assignment_from_proto(message, self._settings.name)
-        self._roster.require(message.roster_version, message.roster_digest)
+        self._permits.admit(message, convert.assignment_from_proto(message, self._settings.name))
         async with self._trainers.place() as perform:
             fetched = await self._fetch(errand) if message.model_bytes else None
-            outcome = await perform(self._job(message, fetched), lambda *steps: self._report(message.id, *steps))
+            performing = perform(self._job(message, fetched), lambda *steps: self._report(message.id, *steps))
+            outcome = await self._permits.during(performing)
         if "refused" in outcome:
             self._log_failure(message, outcome)
             raise Refused(Reason(outcome["refused"]), outcome["detail"])

@@ -41,8 +41,14 @@ class Gone(Exception):
 class Line:
     """A session with the coordinator, from hello to the end of the stream."""
 
-    def __init__(self, channel: grpc.aio.Channel, hello: pb.Hello) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        hello: pb.Hello,
+        heartbeat: Callable[[], pb.Heartbeat] = pb.Heartbeat,
+    ) -> None:
         self.heartbeat_s = 10.0
+        self._heartbeat = heartbeat
         self._calls = Calls(channel, pb.DESCRIPTOR.services_by_name["Agents"])
         self._queue: asyncio.Queue[Laden | None] = asyncio.Queue()
         self._session = b""
@@ -74,7 +80,7 @@ class Line:
         """The coordinator has let us in."""
         self._session = welcome.session
         self.heartbeat_s = min(max(welcome.heartbeat_s, 0.1), 60.0)
-        self.send(pb.FromAgent(heartbeat=pb.Heartbeat()))  # or the next would come as late as was right before
+        self.send(pb.FromAgent(heartbeat=self._heartbeat()))  # or the next would come as late as was right before
 
     async def messages(self) -> AsyncIterator[Laden]:
         """What the coordinator says, to the end. Raises `TimeoutError` where it is silent for two heartbeats."""
@@ -97,7 +103,7 @@ class Line:
                 async with asyncio.timeout(self.heartbeat_s):
                     message = await self._queue.get()
             except TimeoutError:
-                message = Laden(pb.FromAgent(heartbeat=pb.Heartbeat()))
+                message = Laden(pb.FromAgent(heartbeat=self._heartbeat()))
             if message is None:
                 return
             yield message

@@ -54,13 +54,18 @@ class Stored:
     extras: dict[str, int] = field(default_factory=dict)
     sums: list[Any] | None = None
     kind: str = ""  # of the sums: "metrics", "integers" or "reals"
+    released: bool = True  # metrics: whether they may be shown apart from the sum over clients
 
     def answer(self) -> MetricSums | Summary:
         """The sums as the library's value."""
         if self.kind == "integers":
             return Summary(np.array(self.sums, dtype=np.int64), self.examples)
         vector = np.array(self.sums, dtype=np.float64)
-        return MetricSums(vector, self.examples) if self.kind == "metrics" else Summary(vector, self.examples)
+        return (
+            MetricSums(vector, self.examples, self.released)
+            if self.kind == "metrics"
+            else Summary(vector, self.examples)
+        )
 
 
 class Outbox:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedkit.errors import Reason, Refused
 from fedkit.trust.roster import Chain, Version
+from fedkit.trust.signing import public_of
+from fedkit.trust.vouchers import LIFETIME_S, Voucher
 
 __all__ = ["KnownRoster"]
 
@@ -13,10 +18,14 @@ __all__ = ["KnownRoster"]
 class KnownRoster:
     """The roster kept at `path`. The first one comes from the file its people `gave`, never from a coordinator.
 
+    `name` and `key` are the site's own; with them it can vouch for itself where the roster has it as a member.
     Raises `TrustError` where what was given is not complete, or does not follow from what is known.
     """
 
-    def __init__(self, path: Path, gave: Path | None) -> None:
+    def __init__(self, path: Path, gave: Path | None, name: str = "", key: Ed25519PrivateKey | None = None) -> None:
+        self.name = name
+        self._key = key
+        self._word: tuple[str, float] = ("", 0.0)  # the roster's digest, and until when the last voucher is fresh
         self._path = path
         self._chain = Chain.load(path) if path.exists() else None
         if gave is not None:
@@ -45,6 +54,19 @@ class KnownRoster:
         longer.save(self._path)  # first: what counts here counts after a restart too
         self._chain = longer
         return found
+
+    def voucher(self, *, fresh: bool = False) -> Voucher | None:
+        """This site's word that it attends, where it is a member; None while half the last one's time is left.
+
+        A `fresh` one is made in any case.
+        """
+        known = self.version
+        if known is None or self._key is None or known.members.get(self.name) != public_of(self._key):
+            return None
+        if not fresh and self._word[0] == known.digest and time.time() < self._word[1]:
+            return None
+        self._word = (known.digest, time.time() + LIFETIME_S / 2)
+        return Voucher.sign(self.name, self._key, known)
 
     def require(self, version: int, digest: bytes) -> None:
         """Raises `Refused` unless an assignment was made under the roster that counts here."""

@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from fedkit import policy
+from fedkit.address import is_loopback, parts
 from fedkit.config import Name, PositiveInt, Settings, parse
 from fedkit.errors import ConfigError
+from fedkit.policy import Policy
 from fedkit.trust.certificates import Role
 from fedkit.trust.identity import Identity
 
-__all__ = ["AgentSettings", "read"]
+__all__ = ["AgentSettings", "policy_of", "read"]
 
 
 class AgentSettings(Settings):
@@ -23,7 +26,8 @@ class AgentSettings(Settings):
     its results may claim. `parallel` assignments are worked on at a time, each by a process of its own with `threads`
     torch threads (None: as many as torch takes). `state` is the folder that survives restarts. `identity` is the folder
     that `fedkit enroll` wrote: off loopback it is needed, and the name is that of its certificate. `roster` is the file
-    the members have signed; with one, work under another roster is refused.
+    the members have signed; with one, work under another roster is refused. `policy` is the file of what this site
+    allows: without one, the safe defaults of `fedkit.policy.Policy` hold, and on loopback everything goes.
     """
 
     name: Name
@@ -32,10 +36,24 @@ class AgentSettings(Settings):
     state: Path = Path("fedkit-client")
     identity: Path | None = None
     roster: Path | None = None
+    policy: Path | None = None
     max_examples: PositiveInt = 1_000_000
     parallel: Annotated[int, Field(ge=1, le=64)] = 1
     threads: PositiveInt | None = None
     device: str = "auto"
+
+
+def policy_of(settings: AgentSettings) -> Policy:
+    """What the site allows; raises `ConfigError` for a policy that cannot be held."""
+    if settings.policy is None:
+        return Policy.unrestricted() if is_loopback(parts(settings.coordinator)[0]) else Policy()
+    found = policy.read(settings.policy)
+    if found.min_cohort > 1 and (settings.roster is None or settings.identity is None):
+        raise ConfigError(
+            f"{settings.policy.name}: min_cohort {found.min_cohort} counts members of the roster: give --roster and "
+            "--identity, or leave it at 1"
+        )
+    return found
 
 
 def read(path: Path | None, **given: Any) -> AgentSettings:

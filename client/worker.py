@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import json
 import mmap
 import os
@@ -28,6 +29,7 @@ from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import Reason, Refused
 from fedkit.logs import where
 from fedkit.packing import pack, unpack
+from fedkit.policy import Policy, refuse
 from fedkit.process import tune_malloc
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert
@@ -36,7 +38,7 @@ from fedkit.spool import payload_digest
 from fedkit.task import Task
 from fedkit.trainer.trainer import ClientState, Trainer
 from fedkit.weights import Manifest, Vector, Weights
-from fedkit.work import Answer, MetricSums, Update
+from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Update
 
 __all__ = ["Outfit", "read_message", "work", "write_message"]
 
@@ -53,6 +55,7 @@ class Outfit:
     tasks: Mapping[str, Task]
     device: str = "auto"
     threads: int | None = None
+    policy: Policy = Policy.unrestricted()
 
 
 def write_message(sock: socket.socket, message: Mapping[str, Any]) -> None:
@@ -84,6 +87,9 @@ def work(sock: socket.socket, outfit: Outfit) -> None:
     tune_malloc(greedy=True)
     if outfit.threads is not None:
         torch.set_num_threads(outfit.threads)
+    share = outfit.policy.gpu_memory_share
+    if share is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
     _Worker(sock, outfit).run()
 
 
@@ -130,7 +136,11 @@ class _Worker:
         state: ClientState = {} if job["state"] is None else unpack(Path(job["state"]).read_bytes())
         parcel = self._parcel(job, message)
         self._watch(0, 0)
-        answer, after = self._trainer(message).perform(assignment, parcel, state)
+        trainer, policy = self._trainer(message), self._outfit.policy
+        if isinstance(assignment.work, Fit | Gradient):
+            refuse(policy.objections_to_rows(assignment.work, trainer.rows(assignment.client)))
+        answer, after = trainer.perform(assignment, parcel, state)
+        answer = _allowed(policy, trainer, assignment, parcel, answer)
         with contextlib.suppress(FileNotFoundError):
             os.replace(job["spare"], job["out"])
         facts = _written(assignment, answer, parcel.model.manifest, Path(job["out"]))
@@ -173,6 +183,19 @@ class _Worker:
             write_message(self._sock, {"id": self._current, "done": done, "total": total})
 
 
+def _allowed(policy: Policy, trainer: Trainer, assignment: Assignment, parcel: Parcel, answer: Answer) -> Answer:
+    """The answer as it may leave; raises `Refused`."""
+    if isinstance(answer, Update) and policy.max_update_norm is not None:
+        change = answer.weights - parcel.model if assignment.returns == "weights" else answer.weights
+        refuse([policy.objection_to_norm(change.norm())])
+    if isinstance(answer, MetricSums) and isinstance(assignment.work, Evaluate):
+        shown = policy.metrics_per_client and policy.releases(
+            trainer.smallest_class(assignment.client, assignment.work)
+        )
+        return dataclasses.replace(answer, released=shown)
+    return answer
+
+
 def _read_parcel(path: str, manifest: Manifest, extras: Mapping[str, int]) -> Parcel:
     values = _mapped(path)
     found: dict[str, Vector] = {}
@@ -195,7 +218,8 @@ def _written(assignment: Assignment, answer: Answer, manifest: Manifest, out: Pa
     if isinstance(answer, Update):
         return _write_update(answer, manifest, out)
     kind = "metrics" if isinstance(answer, MetricSums) else "integers" if answer.vector.dtype == np.int64 else "reals"
-    return {"kind": kind, "sums": answer.vector.tolist(), "examples": answer.examples, "run": assignment.run}
+    facts = {"kind": kind, "sums": answer.vector.tolist(), "examples": answer.examples, "run": assignment.run}
+    return facts | ({"released": answer.released} if isinstance(answer, MetricSums) else {})
 
 
 def _write_update(answer: Update, manifest: Manifest, out: Path) -> dict[str, Any]:

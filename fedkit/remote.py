@@ -214,7 +214,7 @@ class Coordinator:
         digest = b""
         if init is not None:
             digest = self._calls.store_model(_pieces(init)).digest
-        text = _run_file_json(file)
+        text = file.to_json()
         self._calls.submit(pb.SubmitRequest(run_file=text, init_digest=digest), timeout=_ANSWER_S)
 
     def _is_ours(self, file: RunFile) -> bool:
@@ -472,15 +472,6 @@ def _start(init: Init, task: str | Task) -> Weights | None:
         known = registry.find_task(task) if isinstance(task, str) else task
         return Weights.from_module(init, known.travels)
     return codec.load(init)
-
-
-def _run_file_json(file: RunFile) -> str:
-    evaluate = None if file.evaluate is None else file.evaluate.to_dict()
-    values = {"run": file.run.to_dict(), "strategy": file.strategy, "evaluate": evaluate}
-    try:
-        return json.dumps(values, allow_nan=False)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{file.run.name}: a setting of the strategy does not travel: {error}") from None
 
 
 def _pieces(weights: Weights) -> Iterator[bytes]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import Field
 
@@ -14,6 +15,8 @@ from fedkit.errors import ConfigError
 from fedkit.strategy import Strategy
 
 __all__ = ["RunFile", "RunSection", "SimulationSection", "read"]
+
+_CHARACTERS = 256 << 10  # of a run file that travels
 
 
 class RunSection(Settings):
@@ -52,6 +55,35 @@ class RunFile(Settings):
         if not isinstance(name, str):
             raise ConfigError(f"strategy.name: must be given; registered are {', '.join(registry.strategies())}")
         return parse(registry.find_strategy(name), settings, where="strategy")
+
+    def to_json(self) -> str:
+        """The run file as it travels, without what only concerns a simulation; raises `ConfigError`."""
+        evaluate = None if self.evaluate is None else self.evaluate.to_dict()
+        values = {"run": self.run.to_dict(), "strategy": self.strategy, "evaluate": evaluate}
+        try:
+            return json.dumps(values, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{self.run.name}: a setting of the strategy does not travel: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> RunFile:
+        """What `to_json` wrote, from whomever it came; raises `ConfigError` for anything else."""
+        if len(text) > _CHARACTERS:
+            raise ConfigError(f"a run file has at most {_CHARACTERS} characters, got {len(text)}")
+        try:
+            values = json.loads(text, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"the run file is not JSON: {type(error).__name__}") from None
+        if not isinstance(values, dict):
+            raise ConfigError("the run file must be a JSON object with run and strategy")
+        file = parse(cls, values)
+        if file.run.task is None:
+            raise ConfigError("run.task: must be given")
+        return file
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
 
 
 def read(path: Path) -> RunFile:

@@ -55,7 +55,7 @@ class JobStatus:
 
 @dataclass(frozen=True, slots=True)
 class ClientStatus:
-    """One client, for `since_s` seconds in its state; `last_refusal` is the reason and run of its last one, if any."""
+    """One client, for `since_s` seconds in its state; `last_refusal` is why and in which run it last gave none."""
 
     name: str
     state: ClientState

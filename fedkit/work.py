@@ -104,10 +104,14 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class MetricSums:
-    """Sums of metric states over `examples` rows: a float64 vector that only the task's metrics can read."""
+    """Sums of metric states over `examples` rows: a float64 vector that only the task's metrics can read.
+
+    `released` says that the client's own scores may be shown, not only the sum over clients.
+    """
 
     vector: npt.NDArray[np.float64]
     examples: int
+    released: bool = True
 
     @property
     def payload_bytes(self) -> int:

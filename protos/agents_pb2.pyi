@@ -19,6 +19,24 @@ UPDATE: Returns
 WEIGHTS: Returns
 SUMS: Returns
 
+class DescribeRequest(_message.Message):
+    __slots__ = ("run",)
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    def __init__(self, run: _Optional[str] = ...) -> None: ...
+
+class RunDescription(_message.Message):
+    __slots__ = ("run_file", "aggregation", "state", "clients")
+    RUN_FILE_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    run_file: str
+    aggregation: str
+    state: str
+    clients: int
+    def __init__(self, run_file: _Optional[str] = ..., aggregation: _Optional[str] = ..., state: _Optional[str] = ..., clients: _Optional[int] = ...) -> None: ...
+
 class FromAgent(_message.Message):
     __slots__ = ("hello", "heartbeat", "progress", "sums", "refusal", "leaving", "update", "payload")
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -40,7 +58,7 @@ class FromAgent(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., sums: _Optional[_Union[Sums, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ..., update: _Optional[_Union[Announcement, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "client", "instance", "software", "tasks", "max_examples", "held", "running")
+    __slots__ = ("protocol", "client", "instance", "software", "tasks", "max_examples", "held", "running", "voucher", "min_cohort")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +67,8 @@ class Hello(_message.Message):
     MAX_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
+    VOUCHER_FIELD_NUMBER: _ClassVar[int]
+    MIN_COHORT_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     client: str
     instance: bytes
@@ -57,11 +77,25 @@ class Hello(_message.Message):
     max_examples: int
     held: _containers.RepeatedScalarFieldContainer[str]
     running: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., instance: _Optional[bytes] = ..., software: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_examples: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., running: _Optional[_Iterable[str]] = ...) -> None: ...
+    voucher: Voucher
+    min_cohort: int
+    def __init__(self, protocol: _Optional[int] = ..., client: _Optional[str] = ..., instance: _Optional[bytes] = ..., software: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_examples: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., running: _Optional[_Iterable[str]] = ..., voucher: _Optional[_Union[Voucher, _Mapping]] = ..., min_cohort: _Optional[int] = ...) -> None: ...
+
+class Voucher(_message.Message):
+    __slots__ = ("name", "expires", "signature")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    expires: int
+    signature: bytes
+    def __init__(self, name: _Optional[str] = ..., expires: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("voucher",)
+    VOUCHER_FIELD_NUMBER: _ClassVar[int]
+    voucher: Voucher
+    def __init__(self, voucher: _Optional[_Union[Voucher, _Mapping]] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("assignment_id", "done", "total")
@@ -74,16 +108,18 @@ class Progress(_message.Message):
     def __init__(self, assignment_id: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class Sums(_message.Message):
-    __slots__ = ("assignment_id", "reals", "integers", "examples")
+    __slots__ = ("assignment_id", "reals", "integers", "examples", "released")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     REALS_FIELD_NUMBER: _ClassVar[int]
     INTEGERS_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     reals: Reals
     integers: Integers
     examples: int
-    def __init__(self, assignment_id: _Optional[str] = ..., reals: _Optional[_Union[Reals, _Mapping]] = ..., integers: _Optional[_Union[Integers, _Mapping]] = ..., examples: _Optional[int] = ...) -> None: ...
+    released: bool
+    def __init__(self, assignment_id: _Optional[str] = ..., reals: _Optional[_Union[Reals, _Mapping]] = ..., integers: _Optional[_Union[Integers, _Mapping]] = ..., examples: _Optional[int] = ..., released: _Optional[bool] = ...) -> None: ...
 
 class Reals(_message.Message):
     __slots__ = ("values",)
@@ -144,7 +180,7 @@ class Welcome(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., heartbeat_s: _Optional[float] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., roster: _Optional[str] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "manifest_digest", "extras", "settlement", "manifest", "roster_version", "roster_digest", "fit", "gradient", "evaluate", "summarize")
+    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "manifest_digest", "extras", "settlement", "manifest", "roster_version", "roster_digest", "aggregation", "cohort", "fit", "gradient", "evaluate", "summarize")
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +197,8 @@ class Assignment(_message.Message):
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     ROSTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     ROSTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    COHORT_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
@@ -181,11 +219,13 @@ class Assignment(_message.Message):
     manifest: str
     roster_version: int
     roster_digest: bytes
+    aggregation: str
+    cohort: _containers.RepeatedCompositeFieldContainer[Voucher]
     fit: Fit
     gradient: Gradient
     evaluate: Evaluate
     summarize: Summarize
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
 
 class Fit(_message.Message):
     __slots__ = ("epochs", "steps", "batch_size", "lr", "proximal", "control_variates", "mixed_precision")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.queries import Histogram, LabelCounts, Moments, Query
 from fedkit.rounds.assignment import Assignment, Parcel, Returns
+from fedkit.trust.vouchers import Voucher
 from fedkit.weights import Manifest
 from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Summarize, Summary, Work
 
@@ -32,6 +33,8 @@ __all__ = [
     "require_name",
     "sums_from_proto",
     "sums_to_proto",
+    "voucher_to_proto",
+    "vouchers_from_proto",
 ]
 
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -67,7 +70,13 @@ def require_name(text: str, what: str) -> str:
 
 
 def assignment_to_proto(
-    assignment: Assignment, parcel: Parcel, digest: bytes, *, task: str, strategy: str, holds_out_valid: bool
+    assignment: Assignment,
+    parcel: Parcel,
+    digest: bytes,
+    *,
+    task: str,
+    strategy: str,
+    holds_out_valid: bool,
 ) -> pb.Assignment:
     """The message that asks for `assignment` with `parcel`, whose payload has that digest."""
     message = pb.Assignment(
@@ -165,6 +174,20 @@ def _query(message: pb.Summarize) -> Query:
     raise PayloadError("the question is not known here: update the agent")
 
 
+def voucher_to_proto(voucher: Voucher) -> pb.Voucher:
+    """A member's word that it attends."""
+    return pb.Voucher(name=voucher.name, expires=voucher.expires, signature=voucher.signature)
+
+
+def vouchers_from_proto(messages: Iterable[pb.Voucher]) -> list[Voucher]:
+    """Vouchers as they were received, of which none needs to hold; those that cannot be any are left out."""
+    return [
+        Voucher(one.name, int(one.expires), one.signature)
+        for one in messages
+        if NAME.fullmatch(one.name) and len(one.signature) == 64
+    ]
+
+
 # -- payloads ----------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +247,7 @@ def sums_to_proto(assignment_id: str, answer: MetricSums | Summary) -> pb.Sums:
     else:
         message.reals.values.extend(answer.vector.tolist())
         message.reals.SetInParent()
+        message.released = isinstance(answer, MetricSums) and answer.released
     return message
 
 
@@ -234,7 +258,7 @@ def sums_from_proto(message: pb.Sums, work: Work) -> Answer:
         raise Refused(Reason.SHAPE, "the answer is not what was asked for")
     values = message.reals.values if kind == "reals" else message.integers.values
     if isinstance(work, Evaluate):
-        return MetricSums(np.array(values, dtype=np.float64), int(message.examples))
+        return MetricSums(np.array(values, dtype=np.float64), int(message.examples), message.released)
     vector: Any = np.array(values, dtype=np.float64 if kind == "reals" else np.int64)
     return Summary(vector, int(message.examples))
 

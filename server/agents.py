@@ -29,6 +29,7 @@ log = structlog.get_logger("fedkit.server")
 
 _HELLO_S = 10.0  # a stream that says nothing for so long is closed
 _MAX_HELD = 10_000
+_MAX_COHORT = 1000  # vouchers that travel with an assignment
 _GONE = tensors_pb2.Piece(gone=True).SerializeToString()
 _TAKEN = pb.UploadReply(taken=pb.Taken())
 
@@ -98,16 +99,24 @@ class AgentService:
             raise _Unwelcome(pb.Goodbye.MALFORMED, "the first message must be Hello, at once") from None
         hello = _checked_hello(first.message)
         name = hello.client if known is None else known.name  # with TLS, the certificate's name alone counts
-        session = Session(name, hello.instance, frozenset(hello.tasks), int(hello.max_examples))
+        session = Session(name, hello.instance, frozenset(hello.tasks), int(hello.max_examples), hello.min_cohort)
         before = self._attendance.sessions.get(session.name)
         if before is not None and before.instance != session.instance:
             detail = f"another process attends as {session.name}"
             before.end(pb.ToAgent(goodbye=pb.Goodbye(reason=pb.Goodbye.REPLACED, detail=detail)))
         self._register.saw(session.name, tasks=sorted(session.tasks), max_examples=session.max_examples)
+        self._take_voucher(session, hello)
         self._attendance.arrive(session)
         software = "".join(c for c in hello.software[:100] if c.isprintable())
         log.info("client here", client=session.name, software=software, tasks=len(session.tasks))
         return session, [*hello.held, *hello.running]
+
+    def _take_voucher(self, session: Session, message: pb.Hello | pb.Heartbeat) -> None:
+        if not message.HasField("voucher"):
+            return
+        found = convert.vouchers_from_proto([message.voucher])
+        if not found or not self._attendance.take_voucher(session, found[0]):
+            log.warning("voucher refused", client=session.name)
 
     def _welcome(self, session: Session, held: list[str]) -> pb.ToAgent:
         accepted, dropped = self._register.fates(held)
@@ -165,9 +174,7 @@ class AgentService:
     def _dispatch(self, session: Session, message: pb.FromAgent, payload: memoryview | bytes) -> None:
         kind = message.WhichOneof("what")
         if kind == "progress":
-            errand = session.errands.get(message.progress.assignment_id)
-            if errand is not None:
-                errand.done, errand.total = int(message.progress.done), int(message.progress.total)
+            _progressed(session, message.progress)
         elif kind == "update":
             self._updated(session, message.update, memoryview(payload))
         elif kind == "sums":
@@ -177,7 +184,9 @@ class AgentService:
         elif kind == "leaving":
             session.left = True
             session.end()
-        elif kind != "heartbeat":
+        elif kind == "heartbeat":
+            self._take_voucher(session, message.heartbeat)
+        else:
             bad = pb.Goodbye(reason=pb.Goodbye.MALFORMED, detail="a message of no known kind: update the agent")
             session.end(pb.ToAgent(goodbye=bad))
 
@@ -306,6 +315,12 @@ class AgentService:
         return session
 
 
+def _progressed(session: Session, progress: pb.Progress) -> None:
+    errand = session.errands.get(progress.assignment_id)
+    if errand is not None:
+        errand.done, errand.total = int(progress.done), int(progress.total)
+
+
 def _checked_hello(first: pb.FromAgent) -> pb.Hello:
     hello = first.hello
     if first.WhichOneof("what") != "hello":
@@ -321,6 +336,8 @@ def _checked_hello(first: pb.FromAgent) -> pb.Hello:
         raise _Unwelcome(pb.Goodbye.MALFORMED, str(error)) from None
     if len(hello.instance) != 16 or not 0 < hello.max_examples < 1 << 40:
         raise _Unwelcome(pb.Goodbye.MALFORMED, "instance has 16 bytes, max_examples is 1 to 2^40")
+    if hello.min_cohort > _MAX_COHORT:
+        raise _Unwelcome(pb.Goodbye.MALFORMED, f"min_cohort is at most {_MAX_COHORT}")
     if len(hello.held) + len(hello.running) > _MAX_HELD or not 0 < len(hello.tasks) <= 1000:
         raise _Unwelcome(pb.Goodbye.MALFORMED, f"1 to 1000 tasks and at most {_MAX_HELD} held results")
     return hello

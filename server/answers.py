@@ -95,7 +95,7 @@ class Answers:
 
     def _to_row(self, answer: Answer) -> tuple[str | None, bytes]:
         if not isinstance(answer, Update):
-            return None, pack((type(answer).__name__, answer.vector, answer.examples))
+            return None, pack((type(answer).__name__, *(getattr(answer, name) for name in type(answer).__slots__)))
         file, facts, payload = self._file(answer), (answer.examples, answer.loss), _payload(answer)
         if file is not None and payload is not None:
             payload.save()

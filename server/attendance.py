@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import secrets
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.wire import Laden
 from fedkit.server.errands import Errand
 from fedkit.trust.roster import Chain
+from fedkit.trust.vouchers import Voucher
 from fedkit.work import Answer
 
 __all__ = ["Attendance", "Away", "Session"]
@@ -38,6 +40,8 @@ class Session:
     instance: bytes
     tasks: frozenset[str]
     max_examples: int
+    min_cohort: int = 1  # so many vouchers it wants to see with each assignment
+    voucher: Voucher | None = None  # its own, where a member of the roster has signed it
     token: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     heard: float = field(default_factory=time.monotonic)
     since: float = field(default_factory=time.monotonic)
@@ -161,6 +165,23 @@ class Attendance:
     def holder(self, token: bytes) -> Session | None:
         """The session a token was given to."""
         return self._tokens.get(token)
+
+    def take_voucher(self, session: Session, voucher: Voucher) -> bool:
+        """Keeps a session's own voucher to show to others; False for one that is not its own, or does not hold."""
+        if self.roster is None:
+            return True  # nobody here can tell, and nobody asks
+        if voucher.name != session.name or not voucher.holds(self.roster):
+            return False
+        session.voucher = voucher
+        return True
+
+    def vouchers(self, client: str, cohort: Iterable[str]) -> list[Voucher]:
+        """Of those who are asked together, as many as the client wants to see: its own word it does not need."""
+        session = self.sessions.get(client)
+        if session is None or self.roster is None or session.min_cohort <= 1:
+            return []
+        found = (self.sessions[name].voucher for name in cohort if name in self.sessions and name != client)
+        return list(itertools.islice((voucher for voucher in found if voucher is not None), session.min_cohort - 1))
 
     def states(self) -> list[str]:
         """One word for each client: ready, working, away, left."""

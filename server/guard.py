@@ -25,6 +25,7 @@ log = structlog.get_logger("fedkit.server")
 _ROLES = {
     "fedkit.v1.Agents": frozenset({Role.AGENT}),
     "fedkit.v1.Operators": frozenset({Role.OPERATOR}),
+    "fedkit.v1.Runs": frozenset({Role.AGENT, Role.OPERATOR}),
     "fedkit.v1.Identities": frozenset({Role.AGENT, Role.OPERATOR}),
 }
 _LONGEST_S = 24 * 3600.0  # for which one timer is set

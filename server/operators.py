@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import structlog
 from google.protobuf.message import DecodeError
 
 from fedkit import __version__
 from fedkit.codec import CHUNK_BYTES, Decoder, Limits, encode
-from fedkit.config import NAME, parse
+from fedkit.config import NAME
 from fedkit.errors import ConfigError, NoSuchRun, PayloadError, RunError
+from fedkit.protos import agents_pb2, tensors_pb2
 from fedkit.protos import convert_operators as convert
 from fedkit.protos import operators_pb2 as pb
-from fedkit.protos import tensors_pb2
 from fedkit.protos.failures import answering
 from fedkit.protos.wire import frame, unframe
 from fedkit.runfile import RunFile
 from fedkit.server.runbook import RunBook, RunStatus
 from fedkit.weights import Weights
 
-__all__ = ["InitialModels", "OperatorService"]
+__all__ = ["DescribingService", "InitialModels", "OperatorService"]
 
 log = structlog.get_logger("fedkit.server")
 
-_RUN_FILE_CHARACTERS = 256 << 10
 _REPLY_BYTES = 3 << 20  # a message of 4 MiB is refused by whoever receives it
 _MODELS = ("final", "best", "state")
 
@@ -127,7 +125,7 @@ class OperatorService:
     async def submit(self, request: pb.SubmitRequest, context: Any) -> pb.Run:
         """Begins a run."""
         async with answering(context):
-            file = _run_file(request.run_file)
+            file = RunFile.from_json(request.run_file)
             init = self._initial.find(request.init_digest) if request.init_digest else None
             status = self._book.submit(file, init)
             log.info("submitted", run=status.name, task=status.task, strategy=status.strategy)
@@ -202,30 +200,31 @@ class OperatorService:
         return found[0]
 
 
+class DescribingService:
+    """Implements `service Runs` of agents.proto: what sites may know of a run before they take part."""
+
+    def __init__(self, book: RunBook) -> None:
+        self._book = book
+
+    async def describe(self, request: agents_pb2.DescribeRequest, context: Any) -> agents_pb2.RunDescription:
+        """The run's file, and how it stands."""
+        async with answering(context):
+            name = _named(request.run)
+            file, [status] = self._book.file(name), self._book.runs(name)
+            here = [client for client in self._book.clients() if client.state in ("ready", "working")]
+            return agents_pb2.RunDescription(
+                run_file=file.to_json(),
+                aggregation="plain",
+                state=status.state,
+                clients=sum(status.task in client.tasks for client in here),
+            )
+
+
 def _named(name: str) -> str:
     """`name`, which has the form of a run's; nothing else reaches the book."""
     if not NAME.fullmatch(name):
         raise NoSuchRun(f"there is no run {name!r:.110}")
     return name
-
-
-def _run_file(text: str) -> RunFile:
-    if len(text) > _RUN_FILE_CHARACTERS:
-        raise ConfigError(f"a run file has at most {_RUN_FILE_CHARACTERS} characters, got {len(text)}")
-    try:
-        values = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the run file is not JSON: {type(error).__name__}") from None
-    if not isinstance(values, dict):
-        raise ConfigError("the run file must be a JSON object with run and strategy")
-    file = parse(RunFile, values)
-    if file.run.task is None:
-        raise ConfigError("run.task: must be given")
-    return file
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
 
 
 def _line(status: RunStatus) -> pb.Run:

@@ -24,7 +24,7 @@ from fedkit.server.agents import AgentService
 from fedkit.server.attendance import Attendance
 from fedkit.server.database import Database
 from fedkit.server.metrics import Metrics
-from fedkit.server.operators import OperatorService
+from fedkit.server.operators import DescribingService, OperatorService
 from fedkit.server.runs import Runs
 from fedkit.server.trust import Trust, listen
 from fedkit.task import Task
@@ -133,8 +133,9 @@ class Coordinator:
         return port
 
     def _services(self) -> Iterator[grpc.GenericRpcHandler[Any, Any]]:
-        operators = OperatorService(self.runs)
-        for module, name, servicer in ((agents_pb2, "Agents", self._agents), (operators_pb2, "Operators", operators)):
+        operators, described = OperatorService(self.runs), DescribingService(self.runs)
+        served = (agents_pb2, "Agents", self._agents), (agents_pb2, "Runs", described)
+        for module, name, servicer in (*served, (operators_pb2, "Operators", operators)):
             service = module.DESCRIPTOR.services_by_name[name]
             yield handlers(service, servicer if self._trust is None else self._trust.guard.around(service, servicer))
         if self._trust is not None:

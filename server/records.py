@@ -64,7 +64,8 @@ def assignment_from_json(text: str) -> Assignment:
     """What `assignment_to_json` wrote."""
     fields = json.loads(text)
     kind, settings = fields["work"]
-    return Assignment(**(fields | {"work": parse(_WORK[kind], settings, where=kind)}))
+    cohort = tuple(fields.get("cohort", ()))
+    return Assignment(**(fields | {"work": parse(_WORK[kind], settings, where=kind), "cohort": cohort}))
 
 
 def _fields(value: RoundRecord | Entry | Assignment) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import structlog
 
 from fedkit.errors import Refused
 from fedkit.protos import agents_pb2 as pb
-from fedkit.protos.convert import assignment_to_proto
+from fedkit.protos.convert import assignment_to_proto, voucher_to_proto
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.server.attendance import Attendance, Away
 from fedkit.server.errands import Errand, Published
@@ -50,6 +50,7 @@ class Terms:
     task: str
     strategy: str
     holds_out_valid: bool
+    aggregation: str = "plain"
 
 
 class RunTransport:
@@ -118,6 +119,7 @@ class RunTransport:
         try:
             while True:
                 session = await self._attendance.session(assignment.client)
+                self._vouch(errand)
                 try:
                     with self._metrics.seconds.labels(phase="answer").time():
                         return await session.ask(errand)
@@ -142,14 +144,23 @@ class RunTransport:
             strategy=self._terms.strategy,
             holds_out_valid=self._terms.holds_out_valid,
         )
+        message.aggregation = self._terms.aggregation
         if self._attendance.roster is not None:
             message.roster_version = self._attendance.roster.version
             message.roster_digest = bytes.fromhex(self._attendance.roster.digest)
         return Errand(assignment, message, published, self._folder, self.spares, self._room)
 
+    def _vouch(self, errand: Errand) -> None:
+        """Adds the word of the others who are asked, as it stands now."""
+        vouchers = self._attendance.vouchers(errand.assignment.client, errand.assignment.cohort)
+        errand.message.ClearField("cohort")
+        errand.message.cohort.extend(map(voucher_to_proto, vouchers))
+
     def _refused(self, assignment: Assignment, refused: Refused) -> None:
         self._metrics.refusals.labels(reason=refused.reason.value).inc()
-        self._attendance.refusals[assignment.client] = f"{refused.reason.value} in {self._terms.run.rpartition('.')[0]}"
+        detail = f": {refused.detail}" if refused.detail else ""
+        run = self._terms.run.rpartition(".")[0]
+        self._attendance.refusals[assignment.client] = f"{refused.reason.value} in {run}{detail}"
         log.warning(
             "refused",
             run=assignment.run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -10,9 +11,19 @@ import typer
 
 from fedkit.errors import FedkitError
 
-__all__ = ["Json", "edge"]
+__all__ = ["Json", "LogForm", "Tethered", "edge"]
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
+
+Tethered = Annotated[bool, typer.Option("--tethered", hidden=True, help="End when standard input does.")]
+
+
+class LogForm(enum.StrEnum):
+    """How a process writes its events."""
+
+    AUTO = "auto"
+    JSON = "json"
+    TEXT = "text"
 
 
 @contextlib.contextmanager

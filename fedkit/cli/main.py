@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from fedkit import __version__
-from fedkit.cli.edge import Json, edge
+from fedkit.cli.edge import Json, LogForm, Tethered, edge
 from fedkit.cli.memberships import audit_log, ca, roster
+from fedkit.cli.sites import client
 
 __all__ = ["app"]
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(client)
 app.add_typer(ca)
 app.add_typer(roster)
 app.add_typer(audit_log)
@@ -35,17 +37,6 @@ Identity = Annotated[
     typer.Option("--identity", envvar="FEDKIT_IDENTITY", metavar="FOLDER", help="What fedkit enroll wrote; for TLS."),
 ]
 HERE = "127.0.0.1:8443"
-
-
-Tethered = Annotated[bool, typer.Option("--tethered", hidden=True, help="End when standard input does.")]
-
-
-class LogForm(enum.StrEnum):
-    """How a process writes its events."""
-
-    AUTO = "auto"
-    JSON = "json"
-    TEXT = "text"
 
 
 class Which(enum.StrEnum):
@@ -179,34 +170,6 @@ def server(
     given |= {"enrolment": enrolment, "roster": roster, "hosts": tuple(host) if host else None}
     with edge():
         coordinating(task or [], strategy or [], log.value, given, tethered)
-
-
-@app.command()
-def client(
-    name: Annotated[str | None, typer.Option(help="This participant's name.")] = None,
-    coordinator: Annotated[
-        str | None, typer.Option(envvar="FEDKIT_COORDINATOR", metavar="HOST:PORT", help="Whom to dial.")
-    ] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A registered task, or module:attr; may be repeated.")] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="These settings and more as TOML.")] = None,
-    state: Annotated[Path | None, typer.Option(help="The folder that survives: results not yet committed.")] = None,
-    identity: Identity = None,
-    roster: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The members' roster: work under another one is refused.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
-    parallel: Annotated[int | None, typer.Option(min=1, help="Assignments worked on at a time.")] = None,
-    log: Annotated[LogForm, typer.Option(help="How events are written to standard error.")] = LogForm.AUTO,
-    tethered: Tethered = False,
-) -> None:
-    """Run an agent: it dials a coordinator and trains on the data of this site."""
-    from fedkit.cli.serving import attending
-
-    given: dict[str, object] = {"name": name, "coordinator": coordinator, "state": state, "identity": identity}
-    given |= {"tasks": tuple(task) if task else None, "roster": roster}
-    with edge():
-        attending(config, log.value, given | {"device": device, "threads": threads, "parallel": parallel}, tethered)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,6 +18,9 @@ from fedkit.result import Result
 from fedkit.rounds.journal import RoundRecord
 from fedkit.status import ClientStatus, JobStatus, RunStatus
 
+if TYPE_CHECKING:
+    from fedkit.client.prospect import Prospect
+
 __all__ = [
     "LiveRounds",
     "busy",
@@ -28,6 +31,7 @@ __all__ = [
     "models",
     "print_json",
     "print_line",
+    "prospect",
     "rounds",
     "runs",
     "say",
@@ -201,6 +205,21 @@ def models(found: Sequence[tuple[RunStatus, str]]) -> Table:
     for run, which in found:
         _add(table, [run.name, run.state, run.task, run.strategy, which])
     return table
+
+
+def prospect(found: Prospect) -> None:
+    """What a run asks of a site, and what the site's policy says to each part of it."""
+    run, strategy = found.file.run, found.file.strategy["name"]
+    title = f"{run.name} ({found.state}): {run.task} by {strategy}, {found.aggregation}, {found.clients} clients here"
+    table = _plain(title, "work", "what is asked", "this site's policy")
+    for request in found.requests:
+        answer = "\n".join(map(str, request.objections)) or "allowed"
+        table.add_row(request.kind, request.what, Text(answer, "red" if request.objections else "green"))
+    console.print(table)
+    if not found.known:
+        say(f"this agent does not have the task {run.task}: add it with --task")
+    elif not found.is_welcome:
+        say("this site will refuse what is not allowed, and take part in the rest")
 
 
 def _plain(title: str, *heads: str) -> Table:

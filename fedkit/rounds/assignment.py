@@ -46,7 +46,8 @@ class Parcel:
 class Assignment:
     """Work for one client. `id` is a digest of everything that makes it this assignment and no other.
 
-    Asked twice, it is the same assignment: the client sends what it has and trains nothing again.
+    Asked twice, it is the same assignment: the client sends what it has and trains nothing again. `cohort` names those
+    who are asked together, this client among them.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Assignment:
     client: str
     work: Work
     returns: Returns
+    cohort: tuple[str, ...] = ()
 
 
 def question_digest(run: str, round: int, attempt: int, work: Work, returns: Returns, parcel: Parcel) -> str:

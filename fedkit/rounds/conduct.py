@@ -191,7 +191,8 @@ class _Run(JournaledFederation):
         total = await self.sums(cohort, model, work, self._metrics.size, each=keep)
         if total is None:
             return {}, {}
-        each = {client: self._metrics.compute(single[client].vector) for client in total.clients}
+        shown = [client for client in total.clients if single[client].released]
+        each = {client: self._metrics.compute(single[client].vector) for client in shown}
         return self._metrics.compute(total.vector), each
 
     async def commit(self, model: Weights) -> Weights:

@@ -63,7 +63,8 @@ class _Question:
     def assignment(self, client: str) -> Assignment:
         """The assignment of one client."""
         run, seed = self._identity.name, self._identity.seed
-        return Assignment(self.ids[client], run, seed, self._round, client, self.work, self.returns)
+        cohort = tuple(self.cohort)
+        return Assignment(self.ids[client], run, seed, self._round, client, self.work, self.returns, cohort)
 
     def norm(self, answer: Answer) -> float:
         """How far an answer would move the model; 0 for sums."""

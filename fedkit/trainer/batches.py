@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fedkit.errors import DataError
 from fedkit.task import Data
 from fedkit.work import BatchSize
 
-__all__ = ["VALID_SHARE", "all_rows", "batches", "row_count", "shuffled", "split_valid", "to_device"]
+__all__ = ["VALID_SHARE", "all_rows", "batches", "row_count", "shuffled", "smallest_class", "split_valid", "to_device"]
 
 VALID_SHARE = 0.1
 
@@ -24,6 +24,18 @@ def row_count(rows: Dataset[Any]) -> int:
         return len(rows)  # type: ignore[arg-type]
     except TypeError:
         raise DataError("a data set needs __len__: privacy and weighting count its rows") from None
+
+
+def smallest_class(targets: Iterable[torch.Tensor]) -> int:
+    """How many rows the rarest class has, over the columns of all batches; 0 where there is only one class.
+
+    Where targets are not whole numbers, they are no classes, and all rows count.
+    """
+    whole = torch.cat([batch.reshape(len(batch), -1) for batch in targets])
+    if whole.is_floating_point() and not bool((whole == whole.round()).all()):
+        return len(whole)
+    counts = [torch.unique(column, return_counts=True)[1] for column in whole.T]
+    return min((int(count.min()) if len(count) > 1 else 0 for count in counts), default=0)
 
 
 def split_valid(data: Data, seed: int, client: str) -> tuple[Dataset[Any], Dataset[Any]]:

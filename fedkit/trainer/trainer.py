@@ -17,7 +17,7 @@ from fedkit.errors import ConfigError, DataError, Reason, Refused
 from fedkit.metrics import MetricSet
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.task import Data, Task
-from fedkit.trainer.batches import all_rows, batches, row_count, shuffled, split_valid
+from fedkit.trainer.batches import all_rows, batches, row_count, shuffled, smallest_class, split_valid
 from fedkit.trainer.loop import Loop
 from fedkit.weights import Binding, Vector, Weights
 from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Summarize, Summary, Update
@@ -185,11 +185,27 @@ class Trainer:
         self._module.zero_grad(set_to_none=True)
         return Update(gradient, count, float(loss.detach()))
 
-    def _evaluate(self, client: str, work: Evaluate) -> MetricSums:
+    def rows(self, client: str) -> int:
+        """How many rows there are to train on."""
+        return row_count(self.load(client)[1])
+
+    def smallest_class(self, client: str, work: Evaluate) -> int:
+        """How many of the rows that are scored the rarest class has; all, where rows are not (features, targets)."""
+        data, rows = self._scored(client, work)
+        if self.task.step is not None:
+            return row_count(rows)
+        batches = all_rows(data, rows, work.batch_size, torch.device("cpu"))
+        return smallest_class(self.task.columns(batch)[1] for batch, _ in batches)
+
+    def _scored(self, client: str, work: Evaluate) -> tuple[Data, Dataset[Any]]:
         data, _, valid = self.load(client)
         rows = valid if work.split == "valid" else data.test
         if rows is None or row_count(rows) == 0:
             raise Refused(Reason.NO_DATA, f"{client} has no {work.split} rows")
+        return data, rows
+
+    def _evaluate(self, client: str, work: Evaluate) -> MetricSums:
+        data, rows = self._scored(client, work)
         if not self.task.scores():
             raise Refused(Reason.NO_DATA, f"{self.task.name} has neither loss nor step to score with")
         self._module.eval()

@@ -28,7 +28,7 @@ from fedkit.config import NAME
 from fedkit.errors import TrustError
 from fedkit.trust.files import write
 
-__all__ = ["Chain", "Version", "fingerprint_of"]
+__all__ = ["Chain", "Version", "fingerprint_of", "verifies"]
 
 _DOMAIN = b"fedkit-roster-1\0"
 _KEY, _SIGNATURE, _DIGEST = (re.compile(rf"[0-9a-f]{{{size}}}") for size in (64, 128, 64))
@@ -122,10 +122,11 @@ class Version:
 
     def _is_signed_by(self, name: str, keys: Mapping[str, str]) -> bool:
         key, signature = keys.get(name), self.signatures.get(name)
-        return key is not None and signature is not None and _verifies(key, signature, self.body)
+        return key is not None and signature is not None and verifies(key, signature, self.body)
 
 
-def _verifies(key: str, signature: str, body: bytes) -> bool:
+def verifies(key: str, signature: str, body: bytes) -> bool:
+    """Whether a member's key (hexadecimal) has signed `body`; False for what is no signature at all."""
     if not _SIGNATURE.fullmatch(signature):
         return False
     try:

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedkit.errors import TrustError
 from fedkit.trust.files import key_in, pem_of, read_secret, write
 
-__all__ = ["load_signing_key", "make_signing_key", "public_of"]
+__all__ = ["has_signing_key", "load_signing_key", "make_signing_key", "public_of"]
 
 _FILE = "signing.pem"
 
@@ -19,6 +19,11 @@ def make_signing_key(folder: Path) -> Ed25519PrivateKey:
     if not (folder / _FILE).exists():
         write(folder / _FILE, pem_of(Ed25519PrivateKey.generate()), secret=True)
     return load_signing_key(folder)
+
+
+def has_signing_key(folder: Path) -> bool:
+    """Whether a signing key was made there."""
+    return (folder / _FILE).exists()
 
 
 def load_signing_key(folder: Path) -> Ed25519PrivateKey:

@@ -15,12 +15,13 @@ from fedkit.protos import agents_pb2, identities_pb2, operators_pb2
 from fedkit.protos.wire import handlers
 from fedkit.server.agents import AgentService
 from fedkit.server.identities import EnrolmentService, IdentityService
-from fedkit.server.operators import OperatorService
+from fedkit.server.operators import DescribingService, OperatorService
 
 ROOT = Path(__file__).parents[2]
 PROTOS = sorted(path.name for path in (ROOT / "protos").glob("*.proto"))
 SERVICES = {
     AgentService: agents_pb2.DESCRIPTOR.services_by_name["Agents"],
+    DescribingService: agents_pb2.DESCRIPTOR.services_by_name["Runs"],
     OperatorService: operators_pb2.DESCRIPTOR.services_by_name["Operators"],
     EnrolmentService: identities_pb2.DESCRIPTOR.services_by_name["Enrolment"],
     IdentityService: identities_pb2.DESCRIPTOR.services_by_name["Identities"],

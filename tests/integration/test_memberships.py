@@ -54,7 +54,7 @@ def test_an_authority_is_made_invites_lists_and_revokes(typed: Typed, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("ca", "token", "upenn"), "fedkit ca init NAME --authority fedkit-authority makes one"),
+        (("ca", "token", "upenn"), "fedkit ca init NAME --authority fedkit-authority makes an authority"),
         (("ca", "init", "../x"), "a federation's name must be 1 to 100"),
         (("enroll", "--coordinator", "127.0.0.1:1", "--out", "me"), "give the token with --token-file FILE"),
         (("enroll", "--coordinator", "127.0.0.1:1", "--out", "me", "--token-file", "none"), "cannot be read"),

@@ -82,7 +82,7 @@ def eventually(claim: Callable[[], bool], what: str) -> None:
 
 
 def states(federation: Loopback) -> dict[str, str]:
-    with fedkit.connect(federation.address) as coordinator:
+    with fedkit.connect(federation.address, federation.operator) as coordinator:
         return {client.name: client.state for client in coordinator.status().clients}
 
 

@@ -30,7 +30,7 @@ from fedkit.protos import convert_operators as convert
 from fedkit.protos import failures
 from fedkit.protos import operators_pb2 as pb
 from fedkit.protos.convert import NAME
-from fedkit.remote import _described, _made_up, _run_file_json, connect
+from fedkit.remote import _described, _made_up, connect
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.journal import RoundRecord
 from fedkit.runfile import RunFile
@@ -83,7 +83,7 @@ NEEDED = {"FedSGD": {"lr": 0.1}, "StochasticWeightTransfer": {"clients_per_round
 def test_every_registered_strategy_travels_with_all_its_settings(name: str) -> None:
     strategy = registry.find_strategy(name)(**NEEDED.get(name, {}))
     values = {"run": {"name": "one", "task": "toy"}, "strategy": _described(strategy)}
-    sent = json.loads(_run_file_json(RunFile(**values)))
+    sent = json.loads(RunFile(**values).to_json())
     assert "simulation" not in sent
     assert RunFile(**sent).build_strategy() == strategy
 
@@ -107,7 +107,7 @@ def test_a_setting_that_json_cannot_say_is_refused() -> None:
 
     file = RunFile(run={"name": "one", "task": "toy"}, strategy=_described(Endless()))
     with pytest.raises(ConfigError, match="does not travel"):
-        _run_file_json(file)
+        file.to_json()
 
 
 @pytest.mark.parametrize("task", ["heart", "Ünï cödé / ../x", "", "x" * 300, "_.-"])

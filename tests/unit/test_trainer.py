@@ -21,7 +21,7 @@ from fedkit.errors import CastWarning, ConfigError, DataError, IncompatibleStrat
 from fedkit.metrics import MetricSet
 from fedkit.queries import LabelCounts, Moments
 from fedkit.rounds.assignment import Assignment, Parcel
-from fedkit.trainer.batches import all_rows, batches, row_count, shuffled, split_valid, to_device
+from fedkit.trainer.batches import all_rows, batches, row_count, shuffled, smallest_class, split_valid, to_device
 from fedkit.trainer.client import LocalClient, MemoryStore
 from fedkit.trainer.trainer import Trainer, pick_device
 from fedkit.weights import Weights
@@ -794,3 +794,18 @@ def test_a_data_set_is_loaded_once_as_long_as_it_is_cached():
         trainer.load(client)
     assert asked == ["a", "b", "c", "a", "b"]
     assert isinstance(trainer.load("b")[1], TensorDataset)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ([[0, 1, 1], [1, 0, 2]], 1),
+        ([[0.0, 1.0], [1.0, 0.0, 0.0]], 2),
+        ([[1, 1, 1]], 0),  # one class only
+        ([[0.5, 1.0, 2.0]], 3),  # no classes
+        ([[[0.0], [1.0]], [[1.0]]], 1),
+        ([[[0, 1], [1, 1], [1, 1]]], 0),  # of the second label there is one class
+    ],
+)
+def test_the_rarest_class_is_counted(targets: list[object], expected: int) -> None:
+    assert smallest_class(torch.tensor(batch) for batch in targets) == expected

@@ -1,0 +1,104 @@
+"""The site's policy at work: every assignment passes here before its model is fetched and any data is touched."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+from collections.abc import Awaitable, Mapping
+from typing import Any, TypeVar
+
+from blake3 import blake3
+
+from fedkit.client.roster import KnownRoster
+from fedkit.client.surroundings import Surroundings, objections_to_moment
+from fedkit.client.visits import Visit, Visits
+from fedkit.policy import Policy, Wish, refuse
+from fedkit.protos import agents_pb2 as pb
+from fedkit.protos.convert import vouchers_from_proto
+from fedkit.rounds.assignment import Assignment
+from fedkit.source import source_of
+from fedkit.task import Task
+from fedkit.trust.vouchers import vouched
+from fedkit.work import Evaluate
+
+__all__ = ["Permits"]
+
+T = TypeVar("T")
+
+_LOOK_S = 10.0  # between two looks at what a device's policy asks of the moment
+
+
+class Permits:
+    """What one site lets through, by its policy, the tasks it has, its roster, and what it was asked before."""
+
+    def __init__(
+        self, policy: Policy, tasks: Mapping[str, Task], roster: KnownRoster, visits: Visits, surroundings: Surroundings
+    ) -> None:
+        self.policy = policy
+        self._tasks = tasks
+        self._sources = {name: source_of(task) for name, task in tasks.items() if name in policy.tasks}
+        self._roster = roster
+        self._visits = visits
+        self._surroundings = surroundings
+
+    def admit(self, message: pb.Assignment, assignment: Assignment) -> None:
+        """Raises `Refused` unless the policy allows the assignment, which then counts as asked."""
+        self._roster.require(message.roster_version, message.roster_digest)
+        policy, task = self.policy, message.task
+        wish = Wish(
+            task=task,
+            strategy=message.strategy,
+            work=assignment.work,
+            returns=assignment.returns,
+            aggregation=message.aggregation or "plain",
+            cohort=self._cohort(message),
+        )
+        refuse(
+            [
+                *policy.objections(wish),
+                policy.objection_to_source(task, self._sources.get(task, "")),
+                policy.objection_to_metrics(self._metrics(assignment, task)),
+                policy.objection_to_time(dt.datetime.now()),
+                *objections_to_moment(policy, self._surroundings),
+            ]
+        )
+        question = blake3(message.summarize.SerializeToString(deterministic=True)).hexdigest()
+        data = policy.data_of(task)
+        visit = Visit(assignment.id, assignment.run, assignment.round, wish.kind, data, question)
+        self._visits.admit(visit, policy)
+
+    def _cohort(self, message: pb.Assignment) -> int | None:
+        """The members asked together, this site among them, by what its own roster says of their vouchers."""
+        known = self._roster.version
+        if known is None or self.policy.min_cohort <= 1:
+            return None
+        return len(vouched(vouchers_from_proto(message.cohort), known) | {self._roster.name})
+
+    def _metrics(self, assignment: Assignment, task: str) -> list[str]:
+        if not isinstance(assignment.work, Evaluate) or task not in self._tasks:
+            return []
+        return ["loss", *self._tasks[task].metrics]
+
+    async def during(self, work: Awaitable[T]) -> T:
+        """What `work` gives; it is cancelled, and `Refused` raised, once the moment is no longer right for it."""
+        policy = self.policy
+        if not (policy.only_on_mains or policy.only_unmetered or policy.only_idle):
+            return await work
+        task = asyncio.ensure_future(work)
+        looking = asyncio.create_task(self._looking())
+        try:
+            await asyncio.wait({task, looking}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else looking.result()
+        finally:
+            await _ended(task, looking)
+
+    async def _looking(self) -> Any:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            refuse(await asyncio.to_thread(lambda: list(objections_to_moment(self.policy, self._surroundings))))
+
+
+async def _ended(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,116 @@
+"""What a run would ask of this site, held against its policy before it takes part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import grpc
+
+from fedkit.client.settings import AgentSettings
+from fedkit.policy import Objection, Policy, Wish
+from fedkit.protos import agents_pb2 as pb
+from fedkit.protos.channels import channel
+from fedkit.protos.failures import meant
+from fedkit.protos.wire import CHANNEL_OPTIONS, Calls
+from fedkit.runfile import RunFile
+from fedkit.source import source_of
+from fedkit.strategy import Strategy
+from fedkit.task import Task
+from fedkit.trust.identity import Identity
+from fedkit.work import Evaluate, Fit, Gradient, Summarize, Work
+
+__all__ = ["Prospect", "Request", "describe", "prospect"]
+
+_ANSWER_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One kind of work that a run asks for, in words, and what the policy objects to it."""
+
+    kind: str
+    what: str
+    objections: tuple[Objection, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """A run as it is described, and all it asks; `known` says whether the agent has the task at all."""
+
+    file: RunFile
+    state: str
+    clients: int
+    aggregation: str
+    known: bool
+    requests: tuple[Request, ...]
+
+    @property
+    def is_welcome(self) -> bool:
+        """Whether this site would take part in all of it."""
+        return self.known and not any(request.objections for request in self.requests)
+
+
+def describe(settings: AgentSettings, run: str) -> pb.RunDescription:
+    """What the coordinator says of a run; raises `NoSuchRun`, `TrustError`, `Unreachable`."""
+    identity = None if settings.identity is None else Identity.load(settings.identity)
+    with channel(settings.coordinator, identity, CHANNEL_OPTIONS) as dialled:
+        calls = Calls(dialled, pb.DESCRIPTOR.services_by_name["Runs"])
+        try:
+            found = calls.describe(pb.DescribeRequest(run=run), timeout=_ANSWER_S)
+        except grpc.RpcError as error:
+            raise meant(error, settings.coordinator) from None
+    assert isinstance(found, pb.RunDescription)  # the deserializer makes nothing else
+    return found
+
+
+def prospect(described: pb.RunDescription, policy: Policy, tasks: Mapping[str, Task]) -> Prospect:
+    """The run held against the policy; raises `ConfigError` for one whose strategy is not known here."""
+    file = RunFile.from_json(described.run_file)
+    strategy, task = file.build_strategy(), tasks.get(str(file.run.task))
+    clients, aggregation = int(described.clients), described.aggregation or "plain"
+    found = []
+    for wish in _wishes(file, strategy, task, aggregation, clients):
+        objections = [*policy.objections(wish), *_to_task(policy, wish, task)]
+        found.append(Request(wish.kind, _words(wish.work), tuple(objections)))
+    return Prospect(file, described.state, clients, aggregation, task is not None, tuple(found))
+
+
+def _to_task(policy: Policy, wish: Wish, task: Task | None) -> Iterator[Objection]:
+    if task is None:
+        return
+    metrics = ["loss", *task.metrics] if isinstance(wish.work, Evaluate) else []
+    source = source_of(task) if task.name in policy.tasks else ""
+    for objection in (policy.objection_to_source(task.name, source), policy.objection_to_metrics(metrics)):
+        if objection is not None:
+            yield objection
+
+
+def _wishes(file: RunFile, strategy: Strategy, task: Task | None, aggregation: str, clients: int) -> Iterator[Wish]:
+    about = (str(file.run.task), str(file.strategy["name"]))
+    rule, local = strategy.participation, strategy.local
+    cohort = math.ceil(max(int(rule.fraction * clients + 1e-9), 1, rule.quorum or 1) * rule.over_select - 1e-9)
+    if task is not None and task.prepare is not None:
+        yield Wish(*about, Summarize(query=task.prepare.query), "sums", aggregation, clients)
+    if strategy.uses & {"mean", "updates"}:
+        yield Wish(*about, local, "update", aggregation, cohort)
+    if "start" in strategy.uses:
+        yield Wish(*about, local, "update", aggregation, 1)
+    if "hop" in strategy.uses:
+        yield Wish(*about, local, "weights", aggregation, 1)
+    if file.evaluate is not None:
+        yield Wish(*about, Evaluate(), "sums", aggregation, clients)
+    yield Wish(*about, Evaluate(split="test"), "sums", aggregation, clients)
+
+
+def _words(work: Work) -> str:
+    if isinstance(work, Fit):
+        much = f"{work.steps} steps" if work.steps is not None else f"{work.epochs} passes"
+        rate = "the task's own rate" if work.lr is None else f"learning rate {work.lr:g}"
+        return f"{much} in batches of {work.batch_size}, {rate}"
+    if isinstance(work, Gradient):
+        return f"one gradient of {work.batch_size} rows"
+    if isinstance(work, Evaluate):
+        return f"scores on {work.split} data"
+    return f"{type(work.query).__name__.lower()} of the training data"

@@ -1,0 +1,230 @@
+"""What a site allows: a value read from its own file, and the questions it is asked. Nothing here does I/O.
+
+A wish that goes beyond it is refused before any data is touched, and never changed into something else.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field
+
+from fedkit.config import Fraction, Name, PositiveFloat, PositiveInt, Settings, parse
+from fedkit.errors import ConfigError, Reason, Refused
+from fedkit.rounds.assignment import Returns
+from fedkit.work import Evaluate, Fit, Gradient, Work
+
+__all__ = ["AGGREGATIONS", "Kind", "Objection", "Policy", "TaskRule", "Wish", "kind_of", "read", "refuse"]
+
+Kind: TypeAlias = Literal["fit", "hop", "gradient", "evaluate", "summarize"]
+Aggregation: TypeAlias = Literal["plain", "masked", "bfv", "ckks"]
+Hours: TypeAlias = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")]
+
+AGGREGATIONS: tuple[Aggregation, ...] = ("plain", "masked", "bfv", "ckks")
+
+
+@dataclass(frozen=True, slots=True)
+class Objection:
+    """One wish that goes beyond the policy: which rule, what is asked, what is allowed."""
+
+    rule: str
+    asked: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.asked} (allowed: {self.allowed})"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What an assignment asks, as far as can be known before any data is touched.
+
+    `cohort` counts the members of the roster that are asked together, this site among them; None: it is not known.
+    """
+
+    task: str
+    strategy: str
+    work: Work
+    returns: Returns
+    aggregation: str = "plain"
+    cohort: int | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """The work by the name that policies have for it."""
+        return kind_of(self.work, self.returns)
+
+
+def kind_of(work: Work, returns: Returns) -> Kind:
+    """The name of a piece of work: training whose weights go on to the next client is a "hop"."""
+    if isinstance(work, Fit):
+        return "hop" if returns == "weights" else "fit"
+    return "gradient" if isinstance(work, Gradient) else "evaluate" if isinstance(work, Evaluate) else "summarize"
+
+
+class TaskRule(Settings):
+    """One task that may be worked on. `source` is what `fedkit client source` prints for it (None: any version).
+
+    `data` is the id of the data set its loader reads; counts and budgets go by it. None: the task's name.
+    """
+
+    source: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    data: Name | None = None
+
+
+class Policy(Settings):
+    """What one site allows; the defaults are safe ones.
+
+    * `tasks`: those that may be worked on, by name; empty: all that the agent was started with.
+    * `strategies`, `work`, `aggregation`: their names; `strategies` None: all.
+    * `min_cohort`: of members of the roster, this site among them, that must be asked together. It does not bound a
+      hop, which hands one site's model to the next: leave "hop" out of `work` to forbid that.
+    * `min_batch_size` and `min_steps`: what one row contributes to an update falls with both. A site with fewer rows
+      than that does not train at all.
+    * `max_lr`: of the rate a run asks for; `max_update_norm`: the Euclidean norm of what a result would change.
+    * `summaries_per_run`: different questions about one data set; the same one may be asked again.
+    * `evaluations_per_round`; `rounds_per_day`: rounds of training on one data set within 24 hours (None: any number).
+    * `metrics`: those that may leave, "loss" among them (None: all); a run that scores others is not scored here.
+    * `metrics_per_client`: whether this site's own scores may be shown apart from the sum over sites; where it is true,
+      only if every class has `min_rows_per_class` rows in the data that is scored.
+    * `hours`: times of day, local ones, within which work may begin, such as "20:00-06:00"; empty: always.
+    * `threads` of the processor, `gpu_memory_share` of one GPU's memory: None: all.
+    * `only_on_mains`, `only_unmetered`, `only_idle`: for devices. Where it cannot be told, the answer is no.
+    """
+
+    tasks: dict[Name, TaskRule] = field(default_factory=dict)
+    strategies: tuple[Name, ...] | None = None
+    work: tuple[Kind, ...] = ("fit", "hop", "gradient", "evaluate", "summarize")
+    aggregation: tuple[Aggregation, ...] = AGGREGATIONS
+    min_cohort: PositiveInt = 1
+    min_batch_size: PositiveInt = 8
+    min_steps: PositiveInt = 1
+    max_lr: PositiveFloat | None = None
+    max_update_norm: PositiveFloat | None = None
+    summaries_per_run: PositiveInt | None = 1
+    evaluations_per_round: PositiveInt | None = 4
+    rounds_per_day: PositiveInt | None = None
+    metrics: tuple[str, ...] | None = None
+    metrics_per_client: bool = False
+    min_rows_per_class: PositiveInt = 10
+    hours: tuple[Hours, ...] = ()
+    threads: PositiveInt | None = None
+    gpu_memory_share: Fraction | None = None
+    only_on_mains: bool = False
+    only_unmetered: bool = False
+    only_idle: bool = False
+
+    @classmethod
+    def unrestricted(cls) -> Policy:
+        """What holds on loopback where nobody wrote a policy: everything goes, because nothing leaves the machine."""
+        uncounted: dict[str, Any] = {"summaries_per_run": None, "evaluations_per_round": None}
+        return cls(min_batch_size=1, metrics_per_client=True, min_rows_per_class=1, **uncounted)
+
+    def data_of(self, task: str) -> str:
+        """The id of the data set that a task reads."""
+        rule = self.tasks.get(task)
+        return task if rule is None or rule.data is None else rule.data
+
+    # -- before any data is touched ------------------------------------------------------------------------------------
+
+    def objections(self, wish: Wish) -> list[Objection]:
+        """Every rule that a wish breaks, as far as it says."""
+        return [*self._to_kind(wish), *self._to_work(wish)]
+
+    def _to_kind(self, wish: Wish) -> Iterator[Objection]:
+        yield from _unlisted("task", wish.task, tuple(self.tasks) or None)
+        yield from _unlisted("strategy", wish.strategy, self.strategies)
+        yield from _unlisted("work", wish.kind, self.work)
+        yield from _unlisted("aggregation", wish.aggregation, self.aggregation)
+        if wish.kind != "hop" and wish.cohort is not None:
+            yield from _below("members of the roster asked together", wish.cohort, self.min_cohort)
+
+    def _to_work(self, wish: Wish) -> Iterator[Objection]:
+        work = wish.work
+        if isinstance(work, Fit | Gradient) and work.batch_size != "all":
+            yield from _below("batch size", work.batch_size, self.min_batch_size)
+        if isinstance(work, Gradient):
+            yield from _below("steps", 1, self.min_steps)
+        if isinstance(work, Fit):
+            if work.steps is not None:
+                yield from _below("steps", work.steps, self.min_steps)
+            if self.max_lr is not None and work.lr is not None and work.lr > self.max_lr:
+                yield Objection("learning rate", f"{work.lr:g}", f"at most {self.max_lr:g}")
+
+    def objection_to_source(self, task: str, source: str) -> Objection | None:
+        """Whether a task's code is another than the one that is allowed."""
+        rule = self.tasks.get(task)
+        if rule is None or rule.source in (None, source):
+            return None
+        return Objection(f"source of {task}", source[:16], str(rule.source)[:16])
+
+    def objection_to_time(self, now: dt.datetime) -> Objection | None:
+        """Whether work may not begin at this time of day."""
+        time = f"{now:%H:%M}"
+        if not self.hours or any(_holds(hours, time) for hours in self.hours):
+            return None
+        return Objection("time of day", time, " or ".join(self.hours))
+
+    # -- once the data is loaded, and before anything leaves -----------------------------------------------------------
+
+    def objections_to_rows(self, work: Work, rows: int) -> list[Objection]:
+        """Rules that training on so many rows would break."""
+        if not isinstance(work, Fit | Gradient):
+            return []
+        size = rows if work.batch_size == "all" else min(work.batch_size, rows)
+        steps = 1 if isinstance(work, Gradient) else work.steps or (work.epochs or 1) * -(-rows // max(size, 1))
+        return [*_below("batch size", size, self.min_batch_size), *_below("steps", steps, self.min_steps)]
+
+    def objection_to_metrics(self, names: Sequence[str]) -> Objection | None:
+        """Whether a task scores what may not leave."""
+        hidden = [] if self.metrics is None else [name for name in names if name not in self.metrics]
+        return Objection("metrics", ", ".join(hidden), ", ".join(self.metrics or ()) or "none") if hidden else None
+
+    def objection_to_norm(self, norm: float) -> Objection | None:
+        """Whether an update is larger than may leave."""
+        if self.max_update_norm is None or norm <= self.max_update_norm:
+            return None
+        return Objection("norm of the update", f"{norm:.4g}", f"at most {self.max_update_norm:g}")
+
+    def releases(self, smallest_class: int) -> bool:
+        """Whether this site's own scores may be shown, where the rarest class has so many rows."""
+        return self.metrics_per_client and smallest_class >= self.min_rows_per_class
+
+
+def _unlisted(rule: str, name: str, allowed: Sequence[str] | None) -> Iterator[Objection]:
+    if allowed is not None and name not in allowed:
+        yield Objection(rule, name, ", ".join(allowed) or "nothing")
+
+
+def _below(rule: str, asked: int, least: int) -> Iterator[Objection]:
+    if asked < least:
+        yield Objection(rule, str(asked), f"at least {least}")
+
+
+def _holds(hours: str, time: str) -> bool:
+    begin, end = hours.split("-")
+    return begin <= time < end if begin < end else time >= begin or time < end
+
+
+def refuse(objections: Sequence[Objection | None]) -> None:
+    """Raises `Refused` with the first objection, and how many more there are."""
+    found = [one for one in objections if one is not None]
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise Refused(Reason.POLICY, f"{found[0]}{more}")
+
+
+def read(path: Path) -> Policy:
+    """The policy in a TOML file; raises `ConfigError`, which names the field and what would be right."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    return parse(Policy, values, where=path.name)
