@@ -1,5 +1,6 @@
 # make demo   install into .venv, train across four hospitals, compare strategies, export ONNX
 # make test   everything CI holds: format, lint, types, layers, tests with coverage
+# make sbom   what a deployment consists of, as CycloneDX JSON (make test writes it too)
 # make faults kill and cut a running federation at random and count what was lost
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check protos bench faults figures clean
+.PHONY: demo test check protos sbom locks bench faults figures clean
 
 $(VENV)/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,8 +29,28 @@ check: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
+test: check sbom
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=91 --durations=10
+
+$(VENV)-supply/ready: Makefile
+	$(PYTHON) -m venv $(VENV)-supply
+	$(VENV)-supply/bin/pip install --quiet uv==0.12.24 cyclonedx-bom==7.5.0
+	@touch $@
+
+# What a deployment from the lock file consists of, as CycloneDX.
+sbom: $(VENV)-supply/ready
+	@mkdir -p $(OUT)
+	PYTHONWARNINGS=ignore $(VENV)-supply/bin/cyclonedx-py requirements locks/cpu.lock --pyproject pyproject.toml \
+		--output-reproducible --of JSON -o $(OUT)/sbom.cdx.json
+
+COMPILE := $(VENV)-supply/bin/uv pip compile pyproject.toml --constraint constraints.txt --quiet --generate-hashes \
+	--no-header --no-emit-index-url --no-emit-find-links --no-annotate \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28
+
+# After a change of constraints.txt; TORCH_CPU is where PyTorch's CPU builds are.
+locks: $(VENV)-supply/ready
+	$(COMPILE) --output-file locks/gpu.lock
+	UV_FIND_LINKS="$(TORCH_CPU)" $(COMPILE) --override locks/cpu-torch.txt --output-file locks/cpu.lock
 
 protos: $(VENV)/dev
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. $(wildcard fedkit/protos/*.proto)
@@ -58,4 +79,4 @@ figures: $(VENV)/dev $(VENV)-pfl/ready $(VENV)-peers/ready
 	$(BIN)/python bench/figures.py $(PEERS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-pfl $(VENV)-peers $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-pfl $(VENV)-peers $(VENV)-supply $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkit import policy
+from fedkit import policy, registry
 from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.policy import Objection, Policy, TaskRule, Wish, refuse
 from fedkit.queries import Moments
@@ -216,3 +216,41 @@ def test_a_mistake_in_a_policy_is_named(tmp_path: Path, text: str, why: str) -> 
 def test_a_policy_that_is_not_there_is_an_error_and_not_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         policy.read(tmp_path / "policy.toml")
+
+
+# -- the guide ---------------------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[2] / "docs"
+FIELDS = [field.name for field in dataclasses.fields(Policy) if field.name != "tasks"]
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "policies").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_finished_policies_are_ones_and_allow_ordinary_training(path: Path) -> None:
+    rules = policy.read(path)
+    wish = dataclasses.replace(TRAIN, work=Fit(epochs=1, batch_size=32, lr=0.05))
+    assert said(rules, wish) == []
+    assert said(rules, dataclasses.replace(wish, work=Fit(steps=1, batch_size=1, lr=10.0))) != []
+    assert said(rules, HOP) != []
+    assert set(rules.strategies or ()) <= set(registry.strategies())
+
+
+def test_the_finished_policies_are_for_hospitals_and_for_devices() -> None:
+    hospital, device = (policy.read(DOCS / "policies" / f"{name}.toml") for name in ("hospital", "device"))
+    assert hospital.min_cohort >= 3
+    assert not hospital.metrics_per_client
+    assert (device.only_on_mains, device.only_unmetered, device.only_idle) == (True, True, True)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_setting_is_in_the_guide_with_its_default(field: str) -> None:
+    rows = [
+        line.split("|") for line in (DOCS / "policy.md").read_text().splitlines() if line.startswith(f"| `{field}`")
+    ]
+    assert len(rows) == 1
+    default, told = getattr(Policy(), field), rows[0][3].strip()
+    if isinstance(default, bool):
+        assert told == str(default).lower()
+    elif isinstance(default, int):
+        assert told == str(default)
+    else:
+        assert told in ("all", "any", "always", "the agent's")
