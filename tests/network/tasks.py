@@ -46,3 +46,22 @@ def _leaky(client: str) -> fedkit.Data:
 
 
 leaky = toy_task(name="leaky", data=_leaky)
+
+
+# A value that would be recognised wherever it turned up, in text and in bytes.
+CANARY = 8888.125
+
+
+def _canaries(client: str) -> fedkit.Data:
+    rows = torch.full((40, 5), CANARY), torch.arange(40) % 3
+    return fedkit.Data(rows, rows)
+
+
+canaries = toy_task(name="canaries", data=_canaries)
+
+
+def _failing(model: nn.Module, batch: object) -> torch.Tensor:
+    raise ValueError(f"a canary is a patient: {batch}")
+
+
+canaries_in_step = toy_task(name="canaries_in_step", data=_canaries, loss=None, step=_failing, metrics={})
