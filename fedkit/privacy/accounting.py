@@ -1,0 +1,161 @@
+"""What a history of noisy steps has cost.
+
+Add/remove neighbours and Poisson sampling only: each of N rows takes part in a step with probability q, and the sum
+of clipped contributions gets Gaussian noise of `noise_multiplier` times the clip. Epsilon is enforced by Rényi
+differential privacy (Mironov 2017; of the sampled Gaussian: Mironov, Talwar and Zhang 2019) and reported as the smaller
+of that and a bound by privacy loss distributions (Koskela et al. 2020), which `dp_accounting` computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import gammaln, logsumexp
+
+from fedkit.errors import ConfigError
+
+__all__ = ["ORDERS", "Spent", "Steps", "epsilon_of", "noise_for", "rdp_of", "spent"]
+
+ORDERS: tuple[int, ...] = (*range(2, 65), *range(68, 129, 4), *range(144, 257, 16), 320, 384, 512)
+_PLD_KINDS = 8  # different (noise, q) pairs of which a privacy loss distribution is made; each takes about a second
+_PLD_MOST_EPSILON = 100.0  # beyond which nobody needs a tighter bound
+_MOST_NOISE = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """`count` steps of the Poisson-sampled Gaussian mechanism with sampling rate `q`."""
+
+    noise_multiplier: float
+    q: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Epsilon at `delta`: by RDP, and by privacy loss distributions where that was computed."""
+
+    delta: float
+    rdp: float
+    pld: float | None
+
+    @property
+    def epsilon(self) -> float:
+        """The smaller of the two: both are upper bounds."""
+        return self.rdp if self.pld is None else min(self.rdp, self.pld)
+
+
+def rdp_of(history: Iterable[Steps]) -> npt.NDArray[np.float64]:
+    """The Rényi divergence at each of `ORDERS` of all steps together: it adds up."""
+    total = np.zeros(len(ORDERS))
+    for (sigma, q), count in _merged(history).items():
+        if count:
+            total += count * _rdp_of_step(sigma, q)
+    return total
+
+
+@functools.lru_cache(maxsize=4096)
+def _rdp_of_step(sigma: float, q: float) -> npt.NDArray[np.float64]:
+    """Of one step, for whole orders a: log(sum_k C(a, k) (1-q)^(a-k) q^k exp((k² - k) / 2 sigma²)) / (a - 1).
+
+    Mironov, Talwar and Zhang 2019, section 3.3; a / 2 sigma² where q is 1, infinite where there is no noise.
+    """
+    orders = np.array(ORDERS, dtype=np.float64)
+    if q == 0.0:
+        return np.zeros(len(ORDERS))
+    if sigma == 0.0:
+        return np.full(len(ORDERS), math.inf)
+    if q == 1.0:
+        return orders / (2.0 * sigma**2)
+    k, binomials = _binomials()
+    terms = binomials + (orders[:, None] - k) * math.log1p(-q) + k * math.log(q) + (k**2 - k) / (2.0 * sigma**2)
+    found: npt.NDArray[np.float64] = logsumexp(terms, axis=1) / (orders - 1.0)
+    return np.maximum(found, 0.0)
+
+
+@functools.lru_cache(maxsize=1)
+def _binomials() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """0 .. the largest order, and the logarithms of the binomial coefficients of each order, -inf beyond it."""
+    orders, k = np.array(ORDERS, dtype=np.float64)[:, None], np.arange(max(ORDERS) + 1, dtype=np.float64)
+    within = k <= orders
+    found = gammaln(orders + 1) - gammaln(k + 1) - gammaln(np.where(within, orders - k, 0) + 1)
+    return k, np.where(within, found, -np.inf)
+
+
+def epsilon_of(rdp: npt.NDArray[np.float64], delta: float) -> float:
+    """The epsilon that a divergence at each of `ORDERS` means at `delta`.
+
+    By Canonne, Kamath and Steinke 2020, proposition 12; none where delta bounds the total variation distance
+    (Bretagnolle-Huber).
+    """
+    orders = np.array(ORDERS, dtype=np.float64)
+    if not np.isfinite(rdp).any():
+        return math.inf
+    bounds = rdp + np.log1p(-1.0 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1.0)
+    if not np.any(rdp > 0.0) or np.any(delta**2 + np.expm1(-rdp) > 0.0):
+        return 0.0
+    return float(max(np.min(bounds), 0.0))
+
+
+def spent(history: Iterable[Steps], delta: float, *, tight: bool = True) -> Spent:
+    """What all steps together have cost; `tight` asks for privacy loss distributions too, which takes a second a kind.
+
+    Those are left out where there are many different kinds of steps, or next to no privacy.
+    """
+    steps = [one for one in history if one.count]
+    rdp = epsilon_of(rdp_of(steps), delta)
+    kinds = {(one.noise_multiplier, one.q) for one in steps}
+    if not tight or not kinds or len(kinds) > _PLD_KINDS or rdp > _PLD_MOST_EPSILON:
+        return Spent(delta, rdp, None)
+    return Spent(delta, rdp, _pld_epsilon(tuple(sorted(_merged(steps).items())), delta))
+
+
+def _merged(history: Iterable[Steps]) -> Counter[tuple[float, float]]:
+    counts: Counter[tuple[float, float]] = Counter()
+    for steps in history:
+        counts[steps.noise_multiplier, steps.q] += steps.count
+    return counts
+
+
+@functools.lru_cache(maxsize=64)
+def _pld_epsilon(merged: tuple[tuple[tuple[float, float], int], ...], delta: float) -> float:
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant()  # of add/remove neighbours, unless told otherwise
+    for (sigma, q), count in merged:
+        accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(sigma)), count)
+    return float(accountant.get_epsilon(delta))
+
+
+def noise_for(epsilon: float, delta: float, q: float, count: int, before: Iterable[Steps] = ()) -> float:
+    """The least noise multiplier with which `count` steps at rate `q`, after `before`, stay within epsilon by RDP.
+
+    To three digits, rounded up. Raises `ConfigError` where `before` has spent epsilon already, or no noise will do.
+    """
+    spent_before = rdp_of(before)
+    if epsilon_of(spent_before, delta) >= epsilon:
+        raise ConfigError(f"epsilon {epsilon:g} at delta {delta:g} is spent already: nothing is left for new steps")
+
+    def cost(sigma: float) -> float:
+        return epsilon_of(spent_before + count * _rdp_of_step(sigma, q), delta)
+
+    low, high = 0.0, 1.0
+    while cost(high) > epsilon:
+        low, high = high, 2.0 * high
+        if high > _MOST_NOISE:
+            raise ConfigError(
+                f"epsilon {epsilon:g} at delta {delta:g} cannot be kept over {count} steps at a sampling rate "
+                f"of {q:g}: ask for fewer rounds or steps, smaller batches, or allow more"
+            )
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if cost(middle) > epsilon else (low, middle)
+    digits = 3 - math.ceil(math.log10(high))
+    return float(math.ceil(high * 10.0**digits) / 10.0**digits)
