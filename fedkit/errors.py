@@ -122,6 +122,7 @@ class Reason(enum.StrEnum):
     SURPLUS = "surplus"  # enough others had answered
     ABANDONED = "abandoned"  # too few could still answer, so nobody was waited for any more
     POLICY = "policy"  # the site does not allow it
+    PRIVACY = "privacy"  # it would cost more privacy than the site's budget has left
     PAYLOAD = "payload"  # the bytes are not those that were announced
     CANCELLED = "cancelled"  # it was called off while under way
 

@@ -48,6 +48,7 @@ _FROM_CLIENTS = frozenset(
         Reason.FAILED,
         Reason.NO_DATA,
         Reason.POLICY,
+        Reason.PRIVACY,
         Reason.DONE,
         Reason.EXAMPLES,
         Reason.SHAPE,

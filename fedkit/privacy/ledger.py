@@ -1,0 +1,219 @@
+"""A client's durable record of the privacy its data has cost: events, and never only an epsilon, across runs.
+
+A reservation is on disk before the first noisy step of an assignment. It counts in full until it is reconciled with the
+steps that were made, so that whatever happens in between, nothing is counted too low. One assignment has one
+reservation, however often it is asked for.
+
+Entries are only ever appended. Each carries the BLAKE3 digest of its own text behind the digest of the entry before, so
+that one that is altered, removed or moved is found when the ledger is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from fedkit.errors import Reason, Refused, StorageError
+from fedkit.privacy.accounting import Spent, Steps, epsilon_of, rdp_of, spent
+
+__all__ = ["Account", "Budget", "Ledger", "Reservation"]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, digest BLOB NOT NULL);
+CREATE TRIGGER IF NOT EXISTS no_change BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
+CREATE TRIGGER IF NOT EXISTS no_removal BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
+"""
+_START = bytes(32)
+_RELATION = "add_or_remove_one"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one data set may cost in all: `epsilon` at `delta`, for adding or removing one row."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What one assignment may spend: `steps` of the Poisson-sampled Gaussian mechanism, gradients clipped to `clip`."""
+
+    assignment: str
+    run: str
+    data: str
+    steps: Steps
+    clip: float
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One data set: how many rows it has, the fingerprint of its content, and everything it was used for."""
+
+    data: str
+    rows: int = 0
+    fingerprint: str = ""
+    reservations: tuple[Reservation, ...] = ()
+    open: frozenset[str] = frozenset()  # assignments whose steps are not known yet, and count in full
+
+    @property
+    def history(self) -> list[Steps]:
+        """All steps, those that are only reserved among them."""
+        return [one.steps for one in self.reservations]
+
+    def spent(self, delta: float, *, tight: bool = True) -> Spent:
+        """What they cost."""
+        return spent(self.history, delta, tight=tight)
+
+
+class Ledger:
+    """The ledger in a SQLite file, for one process at a time.
+
+    Raises `StorageError` where the file cannot be used, or is not as it was written: then nothing may be spent.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._head = _START
+        self._accounts: dict[str, Account] = {}
+        self._places: dict[str, str] = {}  # the data set of each assignment
+        with self._told():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.executescript(_SCHEMA)
+            rows = self._db.execute("SELECT seq, body, digest FROM entries ORDER BY seq").fetchall()
+        for number, (seq, body, digest) in enumerate(rows, 1):
+            self._head = _chained(self._head, body)
+            if seq != number or digest != self._head:
+                raise StorageError(
+                    f"{path}: entry {number} was altered, removed or moved: put back a copy of the ledger. Until then "
+                    "no privacy can be spent here"
+                )
+            self._take(json.loads(body))
+
+    @property
+    def head(self) -> str:
+        """The digest (hex) of the newest entry: kept elsewhere, it shows whether later ones are missing."""
+        return self._head.hex()
+
+    def account(self, data: str) -> Account:
+        """One data set, an unused one where it was never heard of."""
+        return self._accounts.get(data, Account(data))
+
+    def accounts(self) -> list[Account]:
+        """All data sets, by id."""
+        return [self._accounts[data] for data in sorted(self._accounts)]
+
+    def identify(self, data: str, rows: int, fingerprint: str) -> None:
+        """Notes what the data set is now. What was spent stays spent, whatever its content has become."""
+        account = self.account(data)
+        if (account.rows, account.fingerprint) != (rows, fingerprint):
+            self._append({"kind": "data", "data": data, "rows": rows, "fingerprint": fingerprint})
+
+    def reserve(self, wish: Reservation, budget: Budget) -> None:
+        """Puts a reservation on disk; returns at once for an assignment that has this very one already.
+
+        Raises `Refused` where it would go beyond the budget, or is another one than the assignment had before.
+        """
+        before = self._reserved(wish.assignment)
+        if before is not None:
+            if before != wish:
+                raise Refused(Reason.PRIVACY, f"assignment {wish.assignment} has another reservation already")
+            return
+        account = self.account(wish.data)
+        cost = epsilon_of(rdp_of([*account.history, wish.steps]), budget.delta)
+        if not cost <= budget.epsilon:
+            left = max(budget.epsilon - epsilon_of(rdp_of(account.history), budget.delta), 0.0)
+            text = (
+                f"{wish.data} would have cost epsilon {_up(cost)}, its budget is {budget.epsilon:g} at delta "
+                f"{budget.delta:g}; {_down(left)} are left"
+            )
+            raise Refused(Reason.PRIVACY, text)
+        self._append({"kind": "reserve", "relation": _RELATION, "mechanism": "sampled_gaussian", **asdict(wish)})
+
+    def reconcile(self, assignment: str, count: int) -> None:
+        """The steps that were made of a reservation: fewer than reserved cost less, more there cannot be.
+
+        Raises `ValueError` for an assignment without a reservation or more steps than it has.
+        """
+        wish = self._reserved(assignment)
+        if wish is None or not 0 <= count <= wish.steps.count:
+            raise ValueError(f"assignment {assignment} has no reservation of {count} steps")
+        if assignment in self.account(wish.data).open:
+            self._append({"kind": "made", "assignment": assignment, "count": count})
+
+    def _reserved(self, assignment: str) -> Reservation | None:
+        account = self._accounts.get(self._places.get(assignment, ""))
+        return None if account is None else next(one for one in account.reservations if one.assignment == assignment)
+
+    # -- entries -------------------------------------------------------------------------------------------------------
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        body = json.dumps(entry | {"at": round(time.time(), 3)}, sort_keys=True, separators=(",", ":"))
+        head = _chained(self._head, body)
+        with self._told():
+            self._db.execute("INSERT INTO entries (body, digest) VALUES (?, ?)", (body, head))
+        self._head = head
+        self._take(json.loads(body))
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        """Makes the entry count."""
+        kind = entry["kind"]
+        data = self._places[entry["assignment"]] if kind == "made" else entry["data"]
+        account = self.account(data)
+        if kind == "data":
+            account = replace(account, rows=entry["rows"], fingerprint=entry["fingerprint"])
+        elif kind == "reserve":
+            named = {name: entry[name] for name in ("assignment", "run", "data", "clip")}
+            wish = Reservation(steps=Steps(**entry["steps"]), **named)
+            account = replace(
+                account, reservations=(*account.reservations, wish), open=account.open | {wish.assignment}
+            )
+            self._places[wish.assignment] = data
+        else:
+            made = [_made(one, entry) for one in account.reservations]
+            account = replace(account, reservations=tuple(made), open=account.open - {entry["assignment"]})
+        self._accounts[data] = account
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            text = f"{self._path}: {error}; free space or mend the disk, or end the other agent that uses it"
+            raise StorageError(text) from error
+
+
+def _made(one: Reservation, entry: dict[str, Any]) -> Reservation:
+    if one.assignment != entry["assignment"]:
+        return one
+    return replace(one, steps=replace(one.steps, count=entry["count"]))
+
+
+def _chained(head: bytes, body: str) -> bytes:
+    return blake3(head + body.encode()).digest()
+
+
+def _up(epsilon: float) -> str:
+    """Three decimals, never less than it is."""
+    return f"{math.ceil(epsilon * 1000) / 1000:g}" if math.isfinite(epsilon) else "infinity"
+
+
+def _down(epsilon: float) -> str:
+    return f"{math.floor(epsilon * 1000) / 1000:g}"
