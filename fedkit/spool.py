@@ -362,7 +362,7 @@ class Values:
     @contextlib.contextmanager
     def opened(self) -> Iterator[Values]:
         """The same values with their file kept open, which many small reads want."""
-        if self._payload.pieces is not None:
+        if self._payload.pieces is not None or self._file is not None:
             yield self
             return
         file = os.open(self._payload.path, os.O_RDONLY | os.O_CLOEXEC)

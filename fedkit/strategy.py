@@ -118,6 +118,11 @@ class Strategy(Settings, frozen=False):
     uses: ClassVar[frozenset[str]] = frozenset({"mean"})  # of mean, updates, hop, start
     unused: ClassVar[frozenset[str]] = frozenset()  # settings of participation that would be ignored
 
+    @property
+    def least(self) -> int:
+        """How many single updates a round needs; one with fewer is abandoned, as one below its quorum."""
+        return 1
+
     async def round(self, federation: Federation, model: Weights) -> Weights:
         """One round: the next model from this one."""
         raise NotImplementedError(f"{type(self).__name__} must define async def round(self, federation, model)")
@@ -129,9 +134,9 @@ class Strategy(Settings, frozen=False):
         return model
 
     def cohort(self, federation: Federation) -> list[str]:
-        """max(fraction * K, 1, quorum) of the round's clients, times `over_select`, drawn without replacement."""
+        """max(fraction * K, quorum, `least`) of the round's clients, times `over_select`, without replacement."""
         rule = self.participation
-        wanted = max(int(rule.fraction * len(federation.clients) + 1e-9), 1, rule.quorum or 1)
+        wanted = max(int(rule.fraction * len(federation.clients) + 1e-9), self.least, rule.quorum or 1)
         asked = min(math.ceil(wanted * rule.over_select - 1e-9), len(federation.clients))
         return self.draw(federation, federation.clients, asked)
 
@@ -148,6 +153,9 @@ class Strategy(Settings, frozen=False):
         for setting in sorted(self.unused | (set() if grouped else {"quorum", "over_select"})):
             if getattr(rule, setting) != getattr(plain, setting):
                 raise IncompatibleStrategy(f"{name} has no use for participation.{setting}={getattr(rule, setting)}")
+        if rule.quorum is not None and rule.quorum < self.least:
+            few = f"participation.quorum={rule.quorum} would make a round of fewer: raise it, or leave it out"
+            raise IncompatibleStrategy(f"{name} needs {self.least} answers in a round, and {few}")
         if task.train is None:
             return
         if isinstance(self.local, Gradient):
@@ -156,6 +164,12 @@ class Strategy(Settings, frozen=False):
             raise IncompatibleStrategy(
                 f"proximal and control_variates change the built-in loop, and {task.name} has its own train loop"
             )
+
+    def require_clients(self, count: int) -> None:
+        """Raises `IncompatibleStrategy` where a round that may begin with `count` clients cannot be made."""
+        if count < self.least:
+            few = f"a round may begin with {count}: let more take part, or withstand fewer liars"
+            raise IncompatibleStrategy(f"{type(self).__name__} needs {self.least} clients in a round, and {few}")
 
     def state_dict(self) -> dict[str, Any]:
         """The strategy's lasting state: every attribute that is not a setting; raises `StateError` for odd ones."""

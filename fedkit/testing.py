@@ -118,13 +118,21 @@ class InMemoryFederation:
         setting = Setting(task, seed, "cpu", holds_out_valid, keeps_answers=True)
         self.place = _Faulty(setting, lambda: self.journal.fuse, faults or {})
         self.transport = SimulatedTransport(clients, self.place, seed=seed, latency=latency)
+        self._count = len(clients)
 
     def run(self, strategy: Strategy, *, fuse: Fuse | None = None, evaluate: Evaluation | None = None) -> Outcome:
         """A coordinator takes the run up where the journal has it; raises `Crash` where `fuse` says so."""
         self.journal.fuse = fuse or Fuse()
         self.transport.restart()
         with rng.seeded(self.seed):
-            plan = Plan(name="test", task=self.task, strategy=strategy, seed=self.seed, evaluate=evaluate)
+            plan = Plan(
+                name="test",
+                task=self.task,
+                strategy=strategy,
+                seed=self.seed,
+                evaluate=evaluate,
+                min_clients=self._count,
+            )
             return asyncio.run(conduct(plan, self.transport, self.journal))
 
     @property

@@ -99,6 +99,7 @@ class Runs:
         strategy, task = file.build_strategy(), self._task(file)
         fresh = task.build(file.run.seed)
         strategy.check(task, fresh)
+        strategy.require_clients(_min_clients(file, strategy))
         if init is not None:
             Weights.from_module(fresh, task.travels).manifest.require_shapes(init.manifest, "init")
         with self._blobs.lock:
@@ -125,7 +126,7 @@ class Runs:
             seed=file.run.seed,
             init=self._init(stored, live.journal),
             evaluate=file.evaluate,
-            min_clients=file.run.min_clients or strategy.participation.quorum or 2,
+            min_clients=_min_clients(file, strategy),
             on_round=functools.partial(self._committed, live),
         )
         live.task = asyncio.create_task(self._conduct(live, plan))
@@ -332,6 +333,11 @@ class Runs:
         if last is None:
             raise RunError(f"{name} has no model yet")
         return packing.pack(dict(last.state)) if which == "state" else last.model
+
+
+def _min_clients(file: RunFile, strategy: Strategy) -> int:
+    """How many must be there before a round begins."""
+    return file.run.min_clients or strategy.participation.quorum or max(strategy.least, 2)
 
 
 def _rounds(file: RunFile) -> int:

@@ -4,10 +4,12 @@ from fedkit.strategies.adaptive import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fedkit.strategies.asynchronous import FedBuff
 from fedkit.strategies.averaging import FedAvg
 from fedkit.strategies.gradient import FedSGD
+from fedkit.strategies.robust import CoordinateMedian, Krum, MultiKrum, NormClipping, TrimmedMean
 from fedkit.strategies.scaffold import Scaffold
 from fedkit.strategies.transfer import CyclicWeightTransfer, SingleWeightTransfer, StochasticWeightTransfer
 
 __all__ = [
+    "CoordinateMedian",
     "CyclicWeightTransfer",
     "FedAdagrad",
     "FedAdam",
@@ -16,7 +18,11 @@ __all__ = [
     "FedBuff",
     "FedSGD",
     "FedYogi",
+    "Krum",
+    "MultiKrum",
+    "NormClipping",
     "Scaffold",
     "SingleWeightTransfer",
     "StochasticWeightTransfer",
+    "TrimmedMean",
 ]

@@ -55,19 +55,25 @@ Command: TypeAlias = Ask | Cancel
 class GroupCall:
     """One question to a cohort.
 
-    `wanted` answers close the call, `quorum` of them are needed; `deadline` is the time at which it closes anyway.
-    Accepted clients stay accepted; each client is accepted or refused at most once.
+    `wanted` answers close the call, `quorum` of them are needed, and never fewer than `least`; at `deadline` it closes
+    anyway. Accepted clients stay accepted; each client is accepted or refused at most once.
     """
 
     def __init__(
-        self, cohort: Collection[str], participation: Participation, now: float = 0.0, *, of: int | None = None
+        self,
+        cohort: Collection[str],
+        participation: Participation,
+        now: float = 0.0,
+        *,
+        of: int | None = None,
+        least: int = 1,
     ) -> None:
         if not cohort or len(set(cohort)) != len(cohort):
             raise ConfigError(f"a cohort is one or more different clients, got {sorted(cohort)}")
         self.cohort = tuple(sorted(cohort))
         share = int(participation.fraction * (of or 0) + 1e-9)  # of all clients, where the cohort could hold no more
         wanted = max(int(len(self.cohort) / participation.over_select + 1e-9), min(share, len(self.cohort)), 1)
-        self.quorum = participation.quorum or math.ceil(wanted / 2)
+        self.quorum = max(participation.quorum or math.ceil(wanted / 2), least)
         self.wanted = max(wanted, self.quorum)
         self.deadline = math.inf if participation.deadline_s is None else now + participation.deadline_s
         self.max_update_norm = participation.max_update_norm or math.inf

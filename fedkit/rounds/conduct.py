@@ -97,7 +97,8 @@ class _Run(JournaledFederation):
     """The federation plus what only whoever knows the task can do: score, commit, prepare, finish."""
 
     def __init__(self, plan: Plan, strategy: Strategy, transport: Transport, journal: Journal) -> None:
-        super().__init__(RunIdentity(plan.name, plan.seed, strategy.participation), transport, journal)
+        identity = RunIdentity(plan.name, plan.seed, strategy.participation, strategy.least)
+        super().__init__(identity, transport, journal)
         self._plan = plan
         self._strategy = strategy
         self._metrics = MetricSet(plan.task)
@@ -106,6 +107,7 @@ class _Run(JournaledFederation):
         """Commits the initial weights as round 0, with the preprocessing that the clients' data asks for."""
         module = self._plan.task.build(self._plan.seed)
         self._strategy.check(self._plan.task, module)
+        self._strategy.require_clients(self._plan.min_clients)
         while self.journal.last() is None:
             await self._assemble(0)
             try:

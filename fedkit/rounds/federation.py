@@ -39,11 +39,12 @@ _NO_MODEL = Weights.zeros(Manifest(()))
 
 @dataclass(frozen=True, slots=True)
 class RunIdentity:
-    """What names a run: its name, its seed, and how clients take part."""
+    """What names a run: its name, its seed, how clients take part, and the `least` single updates a round needs."""
 
     name: str
     seed: int
     participation: Participation = Participation()
+    least: int = 1
 
 
 class _Question:
@@ -140,7 +141,7 @@ class JournaledFederation:
     ) -> AsyncIterator[tuple[str, Update]]:
         """Single updates as (client, update), as they come; raises `RoundAbandoned` below the quorum."""
         question = self._ask(work, "update", Parcel(model, _vectors(send)), cohort)
-        call = GroupCall(question.cohort, self.identity.participation, self.transport.now(), of=len(self.clients))
+        call = self._new_call(question, self.identity.participation, self.identity.least)
         async with self.now.replay.call(question.key, question.label) as entry:
             async for client, update in self._singly(question, call, is_over=entry is not None):
                 self.now.contributed([client], update.examples, update.loss)
@@ -284,9 +285,12 @@ class JournaledFederation:
     def _call(self, question: _Question, rule: Participation, entry: Entry | None) -> GroupCall | None:
         """A new call, or on replay one to exactly those who were accepted then (None where nobody was)."""
         if entry is None:
-            return GroupCall(question.cohort, rule, self.transport.now(), of=len(self.clients))
+            return self._new_call(question, rule)
         names = [client for client, _ in entry.accepted]
         return GroupCall(names, Participation(quorum=len(names)), self.transport.now()) if names else None
+
+    def _new_call(self, question: _Question, rule: Participation, least: int = 1) -> GroupCall:
+        return GroupCall(question.cohort, rule, self.transport.now(), of=len(self.clients), least=least)
 
     async def _drive(self, call: GroupCall, question: _Question, fold: Fold[Any], each: Each | None) -> None:
         for client in set(question.cohort) - set(call.cohort):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection
@@ -100,7 +101,7 @@ class Progress:
         self._asked: Counter[tuple[str, str]] = Counter()
         self._contributors: set[str] = set()
         self._examples = 0
-        self._losses = np.zeros(2)
+        self._losses: list[tuple[float, int]] = []
         self._began = time.monotonic()
 
     def next_id(self, question: str, client: str) -> str:
@@ -114,7 +115,12 @@ class Progress:
         self._contributors.update(clients)
         self._examples += examples
         if loss is not None:
-            self._losses += (loss * examples, examples)
+            self._losses.append((loss * examples, examples))
+
+    def _loss(self) -> float | None:
+        """The mean training loss by examples, the same in whatever order the answers came."""
+        rows = sum(examples for _, examples in self._losses)
+        return math.fsum(total for total, _ in self._losses) / rows if rows else None
 
     def record(self, **more: Any) -> RoundRecord:
         """The attempt so far as a line of history."""
@@ -123,7 +129,7 @@ class Progress:
             attempt=self.opened.attempt,
             clients=tuple(sorted(self._contributors)),
             examples=self._examples,
-            loss=float(self._losses[0] / self._losses[1]) if self._losses[1] else None,
+            loss=self._loss(),
             seconds=time.monotonic() - self._began,
             bytes_up=self.bytes_up,
             bytes_down=self.bytes_down,

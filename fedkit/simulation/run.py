@@ -74,6 +74,7 @@ def simulate(
                 seed=seed,
                 init=plan_init,
                 evaluate=evaluate,
+                min_clients=len(names),
                 on_round=observer,
             )
             outcome = _run(conduct(plan, transport, journal or MemoryJournal()))

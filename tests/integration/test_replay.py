@@ -11,6 +11,7 @@ import fedkit
 from fedkit.errors import NonDeterministicStrategy
 from fedkit.rounds.conduct import Outcome
 from fedkit.strategies import (
+    CoordinateMedian,
     CyclicWeightTransfer,
     FedAdagrad,
     FedAdam,
@@ -73,6 +74,7 @@ STRATEGIES = {
     "CyclicWeightTransfer": CyclicWeightTransfer(rounds=2, local=FIT, reshuffle=True),
     "SingleWeightTransfer": SingleWeightTransfer(local=FIT),
     "StochasticWeightTransfer": StochasticWeightTransfer(rounds=2, clients_per_round=3, local=FIT),
+    "CoordinateMedian": CoordinateMedian(rounds=2, local=FIT),
     "gathered chains": GatheredChains(rounds=2, local=FIT),
     "single updates": OrderMatters(rounds=2, local=FIT),
 }

@@ -9,6 +9,7 @@ import pytest
 import fedkit
 from fedkit.loopback import Loopback
 from fedkit.strategies import (
+    CoordinateMedian,
     CyclicWeightTransfer,
     FedAdagrad,
     FedAdam,
@@ -17,6 +18,7 @@ from fedkit.strategies import (
     FedBuff,
     FedSGD,
     FedYogi,
+    NormClipping,
     Scaffold,
     SingleWeightTransfer,
     StochasticWeightTransfer,
@@ -35,6 +37,8 @@ STRATEGIES = [
     FedYogi(rounds=3, local=FIT),
     FedAdagrad(rounds=3, local=FIT),
     Scaffold(rounds=3, local=FIT),
+    CoordinateMedian(rounds=3, local=FIT),
+    NormClipping(rounds=3, local=FIT, max_norm=0.1),
     CyclicWeightTransfer(rounds=2, local=FIT),
     SingleWeightTransfer(local=FIT),
     StochasticWeightTransfer(rounds=3, clients_per_round=2, local=FIT),

@@ -228,6 +228,13 @@ def test_a_call_is_abandoned_as_soon_as_the_quorum_is_out_of_reach():
     assert made.state is State.ABANDONED
 
 
+def test_a_call_is_made_of_no_fewer_than_its_least_number():
+    for quorum, least, needed in ((None, 1, 3), (None, 5, 5), (2, 4, 4), (4, 2, 4)):
+        made = GroupCall("abcdef", Participation(quorum=quorum), least=least)
+        assert made.quorum == needed
+    assert GroupCall("abcdef", Participation(over_select=3.0), least=4).wanted == 4
+
+
 def test_nobody_is_told_that_enough_have_answered_when_too_few_have():
     made = call(quorum=3)
     made.refused("b", Reason.FAILED, 0.0)

@@ -76,7 +76,11 @@ def test_connect_is_the_packages_own() -> None:
     assert fedkit.connect is connect
 
 
-NEEDED = {"FedSGD": {"lr": 0.1}, "StochasticWeightTransfer": {"clients_per_round": 2}}
+NEEDED = {
+    "FedSGD": {"lr": 0.1},
+    "NormClipping": {"max_norm": 1.0},
+    "StochasticWeightTransfer": {"clients_per_round": 2},
+}
 
 
 @pytest.mark.parametrize("name", registry.strategies())
