@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -89,8 +88,7 @@ def _to_task(policy: Policy, wish: Wish, task: Task | None) -> Iterator[Objectio
 
 def _wishes(file: RunFile, strategy: Strategy, task: Task | None, aggregation: str, clients: int) -> Iterator[Wish]:
     about = (str(file.run.task), str(file.strategy["name"]))
-    rule, local = strategy.participation, strategy.local
-    cohort = math.ceil(max(int(rule.fraction * clients + 1e-9), 1, rule.quorum or 1) * rule.over_select - 1e-9)
+    local, cohort = strategy.local, strategy.asked(clients)
     if task is not None and task.prepare is not None:
         yield Wish(*about, Summarize(query=task.prepare.query), "sums", aggregation, clients)
     if strategy.uses & {"mean", "updates"}:

@@ -27,6 +27,7 @@ import torch
 
 from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import Reason, Refused
+from fedkit.gate import Verdict
 from fedkit.logs import where
 from fedkit.packing import pack, unpack
 from fedkit.policy import Policy, refuse
@@ -185,15 +186,24 @@ class _Worker:
 
 def _allowed(policy: Policy, trainer: Trainer, assignment: Assignment, parcel: Parcel, answer: Answer) -> Answer:
     """The answer as it may leave; raises `Refused`."""
+    work = assignment.work
+    gate = work.gate if isinstance(work, Fit) else None
     if isinstance(answer, Update) and policy.max_update_norm is not None:
-        change = answer.weights - parcel.model if assignment.returns == "weights" else answer.weights
+        base = parcel.model if gate is None else gate.base(parcel.model, parcel.extra, answer.extra)
+        change = answer.weights - base if assignment.returns == "weights" else answer.weights
         refuse([policy.objection_to_norm(change.norm())])
-    if isinstance(answer, MetricSums) and isinstance(assignment.work, Evaluate):
-        shown = policy.metrics_per_client and policy.releases(
-            trainer.smallest_class(assignment.client, assignment.work)
-        )
-        return dataclasses.replace(answer, released=shown)
+    if isinstance(answer, MetricSums) and isinstance(work, Evaluate):
+        return dataclasses.replace(answer, released=_shows(policy, trainer, assignment.client, work))
+    if isinstance(answer, Update) and gate is not None and gate.max_drop is not None:
+        hidden = policy.objection_to_metrics([gate.scored]) is not None
+        if hidden or not _shows(policy, trainer, assignment.client, Evaluate()):
+            return dataclasses.replace(answer, extra=Verdict.without_scores(answer.extra))
     return answer
+
+
+def _shows(policy: Policy, trainer: Trainer, client: str, work: Evaluate) -> bool:
+    """Whether this site's own scores on those rows may be shown."""
+    return policy.metrics_per_client and policy.releases(trainer.smallest_class(client, work))
 
 
 def _read_parcel(path: str, manifest: Manifest, extras: Mapping[str, int]) -> Parcel:

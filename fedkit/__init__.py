@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkit.config import Evaluation, Participation, Settings
 from fedkit.errors import FedkitError
+from fedkit.gate import Gate
 from fedkit.queries import Histogram, LabelCounts, Moments
 from fedkit.strategy import Federation, Strategy
 from fedkit.task import Data, Site, Standardize, Task, Tensor
@@ -28,6 +29,7 @@ __all__ = [
     "Federation",
     "FedkitError",
     "Fit",
+    "Gate",
     "Gradient",
     "Histogram",
     "LabelCounts",

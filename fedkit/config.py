@@ -21,9 +21,11 @@ from fedkit.errors import ConfigError
 
 __all__ = [
     "NAME",
+    "Criterion",
     "Evaluation",
     "Fraction",
     "Name",
+    "NotNegative",
     "Participation",
     "PositiveFloat",
     "PositiveInt",
@@ -31,6 +33,7 @@ __all__ = [
     "explain",
     "parse",
     "require_name",
+    "worsening",
 ]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of clients, runs, tasks: never a path, an option or a command
@@ -38,7 +41,9 @@ Name = Annotated[str, Field(pattern=rf"^{NAME.pattern}$")]
 
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Criterion = Annotated[str, Field(pattern=r"^[^:]+:(max|min)$")]  # a metric and which way is better: "auroc:max"
 
 T = TypeVar("T")
 
@@ -149,6 +154,11 @@ def _nested(cls: type, part: str) -> list[type]:
     return [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 
 
+def worsening(criterion: str, before: float, after: float) -> float:
+    """By how much a score is worse than the one before under a criterion such as "auroc:max"; below 0 it is better."""
+    return before - after if criterion.endswith(":max") else after - before
+
+
 class Participation(Settings):
     """Who is asked, when a round closes, and what is too large.
 
@@ -167,20 +177,25 @@ class Participation(Settings):
 
 
 class Evaluation(Settings):
-    """How often the committed model is scored on validation data, which round is best, and when to stop.
+    """How often the model is scored on validation data, which round is best, when to stop, and which rounds stand.
 
     `best` names a metric and a direction, as in "auroc:max" or "loss:min". `patience` ends the run after that many
-    evaluations without a better one.
+    evaluations without a better one. With `max_drop`, a round stands only if that metric is worse than that of the
+    model before by at most so much, over the same clients; else model and strategy stay as they were, on record.
     """
 
     every: PositiveInt = 1
-    best: Annotated[str, Field(pattern=r"^[^:]+:(max|min)$")] | None = None
+    best: Criterion | None = None
     patience: PositiveInt | None = None
+    max_drop: NotNegative | None = None
 
     def __post_init__(self) -> None:
-        """Patience counts evaluations since the best one, so it needs `best`."""
-        if self.patience is not None and self.best is None:
-            raise ValueError('patience needs best, for example best="loss:min"')
+        """Patience and `max_drop` compare by `best`; a round that nobody scores would slip past `max_drop`."""
+        for name in ("patience", "max_drop"):
+            if getattr(self, name) is not None and self.best is None:
+                raise ValueError(f'{name} needs best, for example best="loss:min"')
+        if self.max_drop is not None and self.every > 1:
+            raise ValueError(f"max_drop judges every round, so every must be 1, got {self.every}")
 
     @property
     def metric(self) -> str | None:
@@ -191,6 +206,12 @@ class Evaluation(Settings):
     def direction(self) -> Literal["max", "min"]:
         """Whether more is better."""
         return "max" if self.best and self.best.endswith(":max") else "min"
+
+    def stands(self, score: float, before: float) -> bool:
+        """Whether a model with this score may follow one with the score `before`; NaN only follows NaN."""
+        if self.best is None or self.max_drop is None or before != before:
+            return True
+        return worsening(self.best, before, score) <= self.max_drop
 
     def better(self, score: float, than: float | None) -> bool:
         """Whether `score` beats the best so far; NaN never does."""

@@ -121,6 +121,7 @@ class Reason(enum.StrEnum):
     DEADLINE = "deadline"  # no answer before the call closed
     SURPLUS = "surplus"  # enough others had answered
     ABANDONED = "abandoned"  # too few could still answer, so nobody was waited for any more
+    GATE = "gate"  # the next client did not accept this hop, and went on from the model before
     POLICY = "policy"  # the site does not allow it
     PRIVACY = "privacy"  # it would cost more privacy than the site's budget has left
     PAYLOAD = "payload"  # the bytes are not those that were announced

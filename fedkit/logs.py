@@ -22,7 +22,8 @@ __all__ = ["LogFormat", "configure", "keep", "where"]
 # What the audit log keeps. Nothing that a stranger can cause without a certificate: it would fill the disk.
 _AUDITED = frozenset(
     {
-        *("listening", "submitted", "cancelled", "run taken up", "run over", "round committed", "refused"),
+        *("listening", "submitted", "cancelled", "run taken up", "run over", "refused"),
+        *("round committed", "round rejected"),
         *("client here", "client gone", "call ended", "turned away", "enrolled", "renewed", "revoked"),
         *("connected", "assignment failed", "stored", "settled", "result refused"),
         *("roster changed", "roster refused", "certificate renewed", "certificate not renewed"),

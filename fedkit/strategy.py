@@ -19,12 +19,13 @@ from torch import nn
 from fedkit.aggregation import Mean, Weighting
 from fedkit.config import Participation, PositiveInt, Settings
 from fedkit.errors import IncompatibleStrategy, StateError
+from fedkit.gate import Gate
 from fedkit.queries import Query
 from fedkit.task import Task
 from fedkit.weights import Vector, Weights
 from fedkit.work import Fit, Gradient, Update
 
-__all__ = ["Arrival", "Federation", "Send", "Strategy"]
+__all__ = ["Arrival", "Federation", "Handed", "Send", "Strategy"]
 
 Send: TypeAlias = Mapping[str, Vector | Weights]
 
@@ -37,6 +38,20 @@ class Arrival:
     update: Weights
     examples: int
     staleness: int
+
+
+class Handed(Weights):
+    """The model after a visit that the next client is to judge: made by client `by` from the model `before`.
+
+    Only as long as it is handed on as it is: what is computed from it are plain weights. `assignment` is the visit's id
+    in the open round.
+    """
+
+    def __init__(self, after: Weights, *, before: Weights, by: str, assignment: str = "") -> None:
+        super().__init__(after.manifest, after.vector)
+        self.before = Weights(before.manifest, before.vector)  # plain: it holds no chain of models
+        self.by = by
+        self.assignment = assignment
 
 
 @runtime_checkable
@@ -80,8 +95,12 @@ class Federation(Protocol):
         """Single updates as (client, update), as they come; raises `RoundAbandoned` below the quorum."""
         ...
 
-    async def hop(self, client: str, model: Weights, work: Fit) -> Weights:
-        """The model after one visit; the model unchanged, and the skip on record, where the client cannot."""
+    async def hop(self, client: str, model: Weights, work: Fit, gate: Gate | None = None) -> Weights:
+        """The model after one visit; the model unchanged, and the skip on record, where the client cannot.
+
+        With a gate, the client first judges the visit that made `model`, if it is one of a gated hop (`Handed`): where
+        that does not keep to the gate, it trains from the model before, and that visit is undone, on record.
+        """
         ...
 
     async def evaluate(self, cohort: Collection[str], model: Weights) -> dict[str, float]:
@@ -101,7 +120,10 @@ class Federation(Protocol):
         ...
 
     async def commit(self, model: Weights) -> Weights:
-        """Makes `model` the round's result, durably, and begins the next round; returns the model."""
+        """Ends the round durably with `model`, and begins the next; returns what that goes on from.
+
+        That is `model`, or the one before where the run's `Evaluation.max_drop` says that this round does not stand.
+        """
         ...
 
 
@@ -123,6 +145,11 @@ class Strategy(Settings, frozen=False):
         """How many single updates a round needs; one with fewer is abandoned, as one below its quorum."""
         return 1
 
+    @property
+    def needs_valid(self) -> bool:
+        """Whether clients need validation rows for it; a tenth of their training rows is then set aside."""
+        return False
+
     async def round(self, federation: Federation, model: Weights) -> Weights:
         """One round: the next model from this one."""
         raise NotImplementedError(f"{type(self).__name__} must define async def round(self, federation, model)")
@@ -134,11 +161,14 @@ class Strategy(Settings, frozen=False):
         return model
 
     def cohort(self, federation: Federation) -> list[str]:
-        """max(fraction * K, quorum, `least`) of the round's clients, times `over_select`, without replacement."""
+        """As many of the round's clients as are `asked`, drawn without replacement."""
+        return self.draw(federation, federation.clients, self.asked(len(federation.clients)))
+
+    def asked(self, clients: int) -> int:
+        """How many of K clients are asked: max(fraction * K, quorum, `least`), times `over_select`."""
         rule = self.participation
-        wanted = max(int(rule.fraction * len(federation.clients) + 1e-9), self.least, rule.quorum or 1)
-        asked = min(math.ceil(wanted * rule.over_select - 1e-9), len(federation.clients))
-        return self.draw(federation, federation.clients, asked)
+        wanted = max(int(rule.fraction * clients + 1e-9), self.least, rule.quorum or 1)
+        return min(math.ceil(wanted * rule.over_select - 1e-9), clients)
 
     def draw(self, federation: Federation, clients: Sequence[str], count: int) -> list[str]:
         """`count` of `clients` at random without replacement, sorted by name."""
@@ -156,6 +186,10 @@ class Strategy(Settings, frozen=False):
         if rule.quorum is not None and rule.quorum < self.least:
             few = f"participation.quorum={rule.quorum} would make a round of fewer: raise it, or leave it out"
             raise IncompatibleStrategy(f"{name} needs {self.least} answers in a round, and {few}")
+        if isinstance(self.local, Fit) and self.local.gate is not None:
+            raise IncompatibleStrategy(
+                f"a gate belongs to a strategy that hands the model on, not to {name}'s local work"
+            )
         if task.train is None:
             return
         if isinstance(self.local, Gradient):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from fedkit.config import PositiveFloat, PositiveInt, Settings
+from fedkit.gate import Gate
 from fedkit.queries import Query
 from fedkit.weights import Vector, Weights
 
@@ -28,7 +29,8 @@ class Fit(Settings):
 
     `lr` overrides the rate of the task's optimiser. `proximal` is FedProx's mu: the loss gains mu/2 ||w - received||²
     (Li et al. 2020, eq. 2). `control_variates` corrects each gradient by c - c_i (SCAFFOLD, Karimireddy et al. 2020).
-    `mixed_precision` trains in bfloat16 autocast on CUDA and changes nothing elsewhere.
+    `mixed_precision` trains in bfloat16 autocast on CUDA and changes nothing elsewhere. `gate` is set by
+    `Federation.hop`: what the received model must keep to before it is trained on.
     """
 
     epochs: PositiveInt | None = None
@@ -38,6 +40,7 @@ class Fit(Settings):
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     control_variates: bool = False
     mixed_precision: bool = False
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         """One pass over the data, unless either is given."""

@@ -228,7 +228,7 @@ class Assignment(_message.Message):
     def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
 
 class Fit(_message.Message):
-    __slots__ = ("epochs", "steps", "batch_size", "lr", "proximal", "control_variates", "mixed_precision")
+    __slots__ = ("epochs", "steps", "batch_size", "lr", "proximal", "control_variates", "mixed_precision", "gate")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +236,7 @@ class Fit(_message.Message):
     PROXIMAL_FIELD_NUMBER: _ClassVar[int]
     CONTROL_VARIATES_FIELD_NUMBER: _ClassVar[int]
     MIXED_PRECISION_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
     epochs: int
     steps: int
     batch_size: int
@@ -243,7 +244,20 @@ class Fit(_message.Message):
     proximal: float
     control_variates: bool
     mixed_precision: bool
-    def __init__(self, epochs: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., lr: _Optional[float] = ..., proximal: _Optional[float] = ..., control_variates: _Optional[bool] = ..., mixed_precision: _Optional[bool] = ...) -> None: ...
+    gate: Gate
+    def __init__(self, epochs: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., lr: _Optional[float] = ..., proximal: _Optional[float] = ..., control_variates: _Optional[bool] = ..., mixed_precision: _Optional[bool] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ...) -> None: ...
+
+class Gate(_message.Message):
+    __slots__ = ("max_norm", "max_ratio", "max_drop", "metric")
+    MAX_NORM_FIELD_NUMBER: _ClassVar[int]
+    MAX_RATIO_FIELD_NUMBER: _ClassVar[int]
+    MAX_DROP_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    max_norm: float
+    max_ratio: float
+    max_drop: float
+    metric: str
+    def __init__(self, max_norm: _Optional[float] = ..., max_ratio: _Optional[float] = ..., max_drop: _Optional[float] = ..., metric: _Optional[str] = ...) -> None: ...
 
 class Gradient(_message.Message):
     __slots__ = ("batch_size",)

@@ -102,13 +102,19 @@ def _put_work(message: pb.Assignment, work: Work) -> None:
     if isinstance(work, Summarize):
         _put_query(message.summarize, work.query)
         return
-    fields = {name: value for name, value in work.to_dict().items() if value is not None}
+    fields = _given(work.to_dict())
     if fields.get("batch_size") == "all":
         fields["batch_size"] = 0
     name, kind = {Fit: ("fit", pb.Fit), Gradient: ("gradient", pb.Gradient), Evaluate: ("evaluate", pb.Evaluate)}[
         type(work)
     ]
     getattr(message, name).CopyFrom(kind(**fields))
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set, also inside of settings that hold others."""
+    found = {name: value for name, value in settings.items() if value is not None}
+    return {name: _given(value) if isinstance(value, Mapping) else value for name, value in found.items()}
 
 
 def _put_query(message: pb.Summarize, query: Query) -> None:
@@ -155,7 +161,8 @@ def _fields(message: Any) -> dict[str, Any]:
     found = {}
     for field in message.DESCRIPTOR.fields:
         if not field.has_presence or message.HasField(field.name):
-            found[field.name] = getattr(message, field.name)
+            value = getattr(message, field.name)
+            found[field.name] = value if field.message_type is None else _fields(value)
     return found
 
 

@@ -57,6 +57,8 @@ def record_to_proto(record: RoundRecord) -> pb.Round:
         refusals=_refusals_to_proto(record.refusals),
         epsilon=record.epsilon,
         best=record.best,
+        rejected=record.rejected,
+        scored=record.scored,
     )
 
 
@@ -76,6 +78,8 @@ def record_from_proto(message: pb.Round) -> RoundRecord:
         refusals=_refusals(message.refusals),
         epsilon=_values(message.epsilon),
         best=message.best,
+        rejected=shown(message.rejected),
+        scored=tuple(shown(client) for client in message.scored),
     )
 
 

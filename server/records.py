@@ -38,7 +38,7 @@ def record_to_json(record: RoundRecord) -> str:
 def record_from_json(text: str) -> RoundRecord:
     """What `record_to_json` wrote."""
     fields = json.loads(text)
-    fields["clients"] = tuple(fields["clients"])
+    fields |= {name: tuple(fields.get(name, ())) for name in ("clients", "scored")}
     return RoundRecord(**_with_refusals(fields))
 
 

@@ -115,7 +115,8 @@ class Runs:
     def _begin(self, stored: StoredRun) -> _Live:
         file = parse(RunFile, stored.file)
         strategy, task = file.build_strategy(), self._task(file)
-        terms = Terms(stored.id, task.name, type(strategy).__name__, file.evaluate is not None)
+        holds_out_valid = file.evaluate is not None or strategy.needs_valid
+        terms = Terms(stored.id, task.name, type(strategy).__name__, holds_out_valid)
         spool = self._folder / "spool" / stored.id
         transport = RunTransport(terms, self._attendance, self._database, spool, self._metrics, self._room)
         live = self._live[stored.name] = _Live(stored.name, transport, self._journal(stored, transport.spares.give))
@@ -175,16 +176,19 @@ class Runs:
         live.tell(None)
 
     def _committed(self, live: _Live, record: RoundRecord) -> None:
-        self._metrics.rounds.labels(outcome="committed").inc()
+        self._metrics.rounds.labels(outcome="committed" if record.stands else "rejected").inc()
         last = live.journal.last()
-        log.info(
-            "round committed",
-            model="" if last is None else last.model.digest,
-            round=record.round,
-            clients=len(record.clients),
-            seconds=round(record.seconds, 3),
-            refusals=len(record.refusals),
-        )
+        facts = {
+            "model": "" if last is None else last.model.digest,
+            "round": record.round,
+            "clients": len(record.clients),
+            "seconds": round(record.seconds, 3),
+            "refusals": len(record.refusals),
+        }
+        if record.stands:
+            log.info("round committed", **facts)
+        else:
+            log.info("round rejected", **facts, why=record.rejected)
         live.tell(record)
 
     def cancel(self, name: str) -> RunStatus:

@@ -7,17 +7,43 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from torch import nn
+
 from fedkit.config import PositiveInt
-from fedkit.strategy import Federation, Strategy
+from fedkit.errors import IncompatibleStrategy
+from fedkit.gate import Gate
+from fedkit.strategy import Federation, Handed, Strategy
+from fedkit.task import Task
 from fedkit.weights import Weights
 
 __all__ = ["CyclicWeightTransfer", "SingleWeightTransfer", "StochasticWeightTransfer"]
 
 
 class _WeightTransfer(Strategy):
-    """One round passes the model through the clients of `order`; a client that cannot train is skipped, on record."""
+    """One round passes the model through the clients of `order`; a client that cannot train is skipped, on record.
+
+    With a `gate`, each client first judges the hop that brings it the model, also across rounds: one that does not keep
+    to the gate is undone, and the client goes on from the model before. The very first hop has none before it.
+    """
+
+    gate: Gate | None = None
 
     uses: ClassVar[frozenset[str]] = frozenset({"hop"})
+
+    @property
+    def needs_valid(self) -> bool:
+        """A gate that scores does."""
+        return self.gate is not None and self.gate.max_drop is not None
+
+    def check(self, task: Task, module: nn.Module) -> None:
+        """Refuses a gate that looks at a metric the task does not have."""
+        super().check(task, module)
+        if self.gate is None or self.gate.max_drop is None:
+            return
+        name, known = self.gate.scored, ["loss", *task.metrics] if task.scores() else []
+        if name not in known and name.rpartition("_")[0] not in known:  # one of several values of a metric
+            there = f"there are {', '.join(known)}" if known else "and neither loss nor step to score with"
+            raise IncompatibleStrategy(f"the gate looks at {name!r}, which {task.name} does not have; {there}")
 
     def order(self, federation: Federation) -> list[str]:
         """The clients of this round, in the order of their visits."""
@@ -25,9 +51,17 @@ class _WeightTransfer(Strategy):
 
     async def round(self, federation: Federation, model: Weights) -> Weights:
         """Hop after hop."""
+        model = self.taken_up(model)
         for client in self.order(federation):
-            model = await federation.hop(client, model, self.local)
+            model = await federation.hop(client, model, self.local, gate=self.gate)
+        if isinstance(model, Handed):
+            self.last = {"before": model.before, "by": model.by}
         return model
+
+    def taken_up(self, model: Weights) -> Weights:
+        """The model, which the first client of a round judges as the last hop of the round before made it."""
+        last = getattr(self, "last", None)
+        return model if last is None else Handed(model, before=last["before"], by=last["by"])
 
 
 class CyclicWeightTransfer(_WeightTransfer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -108,16 +108,26 @@ def _table(title: str, records: Sequence[RoundRecord], total: int) -> Table:
     names = [name for name in (records[-1].metrics if records else {}) if name != "loss"]
     metrics = names or sorted({name for record in records for name in record.metrics if name != "loss"})
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    refused = any(record.refusals for record in records)
-    heads = ["round", "clients", "loss", "valid", *metrics, "s", "down", "up", *(["refused"] if refused else [])]
+    notes = _notes(records)
+    heads = ["round", "clients", "loss", "valid", *metrics, "s", "down", "up", *notes]
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for record in records:
         scores = [_number(record.metrics.get(name)) for name in ("loss", *metrics)]
         counts = [f"{record.round}/{total}", str(len(record.clients)), _number(record.loss)]
         sizes = [f"{record.seconds:.2f}", _bytes(record.bytes_down), _bytes(record.bytes_up)]
-        table.add_row(*counts, *scores, *sizes, *([str(len(record.refusals))] if refused else []))
+        table.add_row(*counts, *scores, *sizes, *(note(record) for note in notes.values()))
     return table
+
+
+def _notes(records: Sequence[RoundRecord]) -> dict[str, Callable[[RoundRecord], str]]:
+    """Columns that only some runs need."""
+    notes: dict[str, Callable[[RoundRecord], str]] = {}
+    if any(record.refusals for record in records):
+        notes["refused"] = lambda record: str(len(record.refusals))
+    if not all(record.stands for record in records):
+        notes["stands"] = lambda record: "" if record.stands else "no"
+    return notes
 
 
 def _number(value: float | None) -> str:

@@ -18,7 +18,7 @@ from fedkit.rounds.assignment import Transport
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.federation import JournaledFederation, RunIdentity
 from fedkit.rounds.journal import Commit, Journal, RoundRecord
-from fedkit.strategy import Strategy
+from fedkit.strategy import Handed, Strategy
 from fedkit.task import Prepared, Task
 from fedkit.weights import Weights
 from fedkit.work import Answer, Evaluate, MetricSums
@@ -71,6 +71,15 @@ class Outcome:
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Loss and metrics of one model, over all `clients` that scored it and at each of them."""
+
+    pooled: dict[str, float] = field(default_factory=dict)
+    each: dict[str, dict[str, float]] = field(default_factory=dict)
+    clients: tuple[str, ...] = ()
+
+
 class _Finished(Exception):
     """No better round has come for as long as the run's patience."""
 
@@ -114,10 +123,17 @@ class _Run(JournaledFederation):
                 if isinstance(module, Prepared) and self._plan.task.prepare is not None:
                     moments = await self.summarize(self.clients, self._plan.task.prepare.query)
                     module.prepare.set(moments)
+                model = self._initial(Weights.from_module(module, self._plan.task.travels))
+                scores = await self._score(self.clients, model, Evaluate()) if self._is_gated else _Scores()
             except RoundAbandoned as error:
                 self._give_up(error)
                 continue
-            await self._commit(self._initial(Weights.from_module(module, self._plan.task.travels)))
+            await self._commit(model, scores)
+
+    @property
+    def _is_gated(self) -> bool:
+        """Whether a round stands only if its model is not much worse than the one before."""
+        return self._plan.evaluate is not None and self._plan.evaluate.max_drop is not None
 
     async def _assemble(self, round: int) -> None:
         """`round` is next, with everybody who is to be waited for; an open one goes on with those it began with."""
@@ -179,11 +195,9 @@ class _Run(JournaledFederation):
 
     async def evaluate(self, cohort: Collection[str], model: Weights) -> dict[str, float]:
         """Loss and metrics on the cohort's validation data, pooled; empty where nobody has any."""
-        return (await self._score(cohort, model, Evaluate()))[0]
+        return (await self._score(cohort, model, Evaluate())).pooled
 
-    async def _score(
-        self, cohort: Collection[str], model: Weights, work: Evaluate
-    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    async def _score(self, cohort: Collection[str], model: Weights, work: Evaluate) -> _Scores:
         single: dict[str, MetricSums] = {}
 
         def keep(client: str, answer: Answer) -> None:
@@ -192,40 +206,93 @@ class _Run(JournaledFederation):
 
         total = await self.sums(cohort, model, work, self._metrics.size, each=keep)
         if total is None:
-            return {}, {}
+            return _Scores()
         shown = [client for client in total.clients if single[client].released]
         each = {client: self._metrics.compute(single[client].vector) for client in shown}
-        return self._metrics.compute(total.vector), each
+        return _Scores(self._metrics.compute(total.vector), each, total.clients)
 
     async def commit(self, model: Weights) -> Weights:
-        """Scores the model where that is due, makes the round durable, and begins the next."""
-        self._require_model(model)
-        pooled: dict[str, float] = {}
-        each: dict[str, dict[str, float]] = {}
-        rule = self._plan.evaluate
-        if rule is not None and self.round % rule.every == 0:
-            pooled, each = await self._score(self.clients, model, Evaluate())
-        await self._commit(model, metrics=pooled, per_client=each, best=self._is_best(pooled))
+        """Scores the model where that is due, makes the round durable, and begins the next.
+
+        Returns what the next round begins with: `model`, or the one before where this round does not stand.
+        """
+        rejected, scores = await self._judge(model)
+        if rejected and isinstance(model, Handed):
+            model, rejected, scores = await self._without_last_hop(model, rejected, scores)
+        if rejected:
+            model = self._last().model
+            self._strategy.load_state_dict(self._last().state)
+        best = not rejected and self._is_best(scores.pooled)
+        await self._commit(model, scores, best=best, rejected=rejected)
         if self._is_over(self._last()):
             raise _Finished
         if self.round <= self._strategy.rounds:
             await self._assemble(self.round)
         return model
 
-    def _require_model(self, model: Weights) -> None:
+    def _require_model(self, model: Weights) -> str:
+        """Raises `RunError` for what is no model; says why where one that is not finite only costs its round."""
         last = self._last()
         if not isinstance(model, Weights):
             raise RunError(f"round {self.round}: the strategy returned {type(model).__name__} where Weights are due")
         last.model.manifest.require(model.manifest, f"the model of round {self.round}")
-        if not model.is_finite():
-            raise RunError(f"round {self.round}: the new model holds NaN or infinity; round {last.round}'s stands")
+        if model.is_finite():
+            return ""
+        if self._is_gated:
+            return "the new model holds NaN or infinity"
+        raise RunError(f"round {self.round}: the new model holds NaN or infinity; round {last.round}'s stands")
 
-    async def _commit(self, model: Weights, **scores: object) -> None:
+    async def _judge(self, model: Weights) -> tuple[str, _Scores]:
+        """Why a round with this model does not stand, empty where it does; and its scores, where they are due."""
+        rejected, rule = self._require_model(model), self._plan.evaluate
+        if rejected or rule is None or self.round % rule.every:
+            return rejected, _Scores()
+        scores = await self._score(self.clients, model, Evaluate())
+        return await self._why_not(model, scores), scores
+
+    async def _without_last_hop(self, model: Handed, why: str, scores: _Scores) -> tuple[Weights, str, _Scores]:
+        """The round without its last hop, which no client has received and judged, where it stands without."""
+        still, fewer = await self._judge(model.before)
+        if still:
+            return model, why, scores
+        self.undo(model, f"the round does not stand with it: {why}")
+        return model.before, "", fewer
+
+    async def _why_not(self, model: Weights, scores: _Scores) -> str:
+        """Why a round with this model does not stand; empty where it does."""
+        rule = self._plan.evaluate
+        if rule is None or not self._is_gated:
+            return ""
+        standing = next(record for record in reversed(self.journal.history()) if record.stands)
+        before = _Scores(dict(standing.metrics), {}, standing.scored)
+        while set(before.clients) != set(scores.clients):  # compared over the same clients, or not at all
+            before = await self._score(scores.clients, self._last().model, Evaluate())
+            if before.clients != scores.clients:
+                scores = await self._score(before.clients, model, Evaluate())
+        if not scores.clients:
+            raise RoundAbandoned(f"round {self.round}: nobody scored the model, which max_drop={rule.max_drop} needs.")
+        new, old = self._decisive(scores.pooled), self._decisive(before.pooled)
+        if rule.stands(new, old):
+            return ""
+        return f"{rule.metric} is {new:.4g} after {old:.4g} in round {standing.round}, max_drop is {rule.max_drop:g}"
+
+    def _decisive(self, pooled: Mapping[str, float]) -> float:
+        """The metric that `best` names; raises `RunError` where there is none of that name."""
+        rule = self._plan.evaluate
+        assert rule is not None  # whoever asks has compared it
+        assert rule.metric is not None
+        if rule.metric not in pooled:
+            raise RunError(f"best={rule.best!r}: there is no metric {rule.metric!r}; there are {', '.join(pooled)}")
+        return pooled[rule.metric]
+
+    async def _commit(self, model: Weights, scores: _Scores, *, best: bool = False, rejected: str = "") -> None:
         left = self.now.replay.left()
         if left is not None:
             raise self.now.replay.changed(f"commit of round {self.round}")
-        record = self.now.record(**scores)
-        state, accepted, dropped = self._strategy.state_dict(), tuple(self.now.accepted), self.dropped()
+        about = {"metrics": scores.pooled, "per_client": scores.each, "scored": scores.clients}
+        record = self.now.record(**about, best=best, rejected=rejected)
+        state = self._strategy.state_dict()
+        accepted, dropped = (tuple(self.now.accepted), self.dropped()) if record.stands else ((), self.undone())
         commit = Commit(self.round, model, state, record, self.airborne(), accepted, dropped)
         await self.transport.aside("commit", lambda: self.journal.commit(commit))
         self.notify()
@@ -237,10 +304,8 @@ class _Run(JournaledFederation):
         rule = self._plan.evaluate
         if rule is None or rule.metric is None or not pooled:
             return False
-        if rule.metric not in pooled:
-            raise RunError(f"best={rule.best!r}: there is no metric {rule.metric!r}; there are {', '.join(pooled)}")
         best = self.journal.best()
-        return rule.better(pooled[rule.metric], None if best is None else best.record.metrics[rule.metric])
+        return rule.better(self._decisive(pooled), None if best is None else best.record.metrics[rule.metric])
 
     def _is_over(self, last: Commit) -> bool:
         """Whether no scored round has beaten the best one for as long as the run's patience."""
@@ -253,12 +318,13 @@ class _Run(JournaledFederation):
         """Scores the final and the best model on test data, once, and hands everything over."""
         last, best = self._last(), self.journal.best()
         await self._assemble(_TEST_ROUND)
-        test, each = await self._score(self.clients, last.model, Evaluate(split="test"))
+        test = await self._score(self.clients, last.model, Evaluate(split="test"))
         found = None
         if best is not None:
             same = best.round == last.round
-            scores = test if same else (await self._score(self.clients, best.model, Evaluate(split="test")))[0]
-            found = Best(best.round, best.model, dict(best.record.metrics), scores)
+            scores = test if same else await self._score(self.clients, best.model, Evaluate(split="test"))
+            found = Best(best.round, best.model, dict(best.record.metrics), scores.pooled)
         history = [record for record in self.journal.history() if record.round > 0]
         refusals = tuple(self.now.refusals)
-        return Outcome(last.model, history, self.journal.abandoned(), test, each, found, refusals, last.state)
+        abandoned, state = self.journal.abandoned(), last.state
+        return Outcome(last.model, history, abandoned, test.pooled, test.each, found, refusals, state)

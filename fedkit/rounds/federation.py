@@ -17,6 +17,7 @@ from blake3 import blake3
 from fedkit.aggregation import Fold, KeepFold, Mean, MeanFold, SumFold, Total, Weighting
 from fedkit.config import Participation
 from fedkit.errors import ConfigError, Reason, Refused, RoundAbandoned
+from fedkit.gate import BEFORE, Gate, Verdict
 from fedkit.queries import Query
 from fedkit.rounds.assignment import Assignment, Parcel, Returns, Transport, question_digest
 from fedkit.rounds.call import GroupCall, Refusal, State
@@ -25,7 +26,7 @@ from fedkit.rounds.drive import drive
 from fedkit.rounds.flights import Flights, Landed
 from fedkit.rounds.journal import Entry, Journal, OpenRound, Started
 from fedkit.rounds.open import Progress
-from fedkit.strategy import Arrival, Send
+from fedkit.strategy import Arrival, Handed, Send
 from fedkit.weights import Manifest, Vector, Weights
 from fedkit.work import Answer, Evaluate, Fit, Gradient, Summarize, Update, Work
 
@@ -68,11 +69,24 @@ class _Question:
         return Assignment(self.ids[client], run, seed, self._round, client, self.work, self.returns, cohort)
 
     def norm(self, answer: Answer) -> float:
-        """How far an answer would move the model; 0 for sums."""
+        """How far an answer would move the model it was made from; 0 for sums."""
         if not isinstance(answer, Update):
             return 0.0
-        moved = answer.weights - self.parcel.model if self.returns == "weights" else answer.weights
+        moved = answer.weights - self._base(answer) if self.returns == "weights" else answer.weights
         return moved.norm()
+
+    def _base(self, answer: Update) -> Weights:
+        """The model that was sent, or the one before it where the client did not accept that."""
+        gate = self.work.gate if isinstance(self.work, Fit) else None
+        with contextlib.suppress(Refused):  # `hop` will see that the answer makes no sense
+            if gate is not None:
+                return gate.base(self.parcel.model, self.parcel.extra, answer.extra)
+        return self.parcel.model
+
+    def complaint(self, answer: Update) -> str:
+        """Why the client did not accept the hop that it was to judge; raises `Refused` where it does not say."""
+        gate = self.work.gate if isinstance(self.work, Fit) else None
+        return "" if gate is None else Verdict.from_extra(answer.extra, gate).explain(gate)
 
 
 class JournaledFederation:
@@ -152,17 +166,47 @@ class JournaledFederation:
         if entry is None:
             self.journal.note(Entry("call", question.key, question.label, (), tuple(call.refusals)))
 
-    async def hop(self, client: str, model: Weights, work: Fit) -> Weights:
+    async def hop(self, client: str, model: Weights, work: Fit, gate: Gate | None = None) -> Weights:
         """The model after one visit; the model unchanged, and the skip on record, where the client cannot."""
-        fold = KeepFold([client])
-        rule = self.identity.participation
+        fold, send = KeepFold([client]), {}
+        judged = model if gate is not None and isinstance(model, Handed) and model.by != client else None
+        if judged is not None:
+            work, send = work.replace(gate=gate), {BEFORE: judged.before.vector}
+        rule, question = self.identity.participation, self._ask(work, "weights", Parcel(model, send), [client])
         alone = Participation(deadline_s=rule.deadline_s, max_update_norm=rule.max_update_norm)
-        await self._group(self._ask(work, "weights", Parcel(model), [client]), fold, alone, optional=True)
+        await self._group(question, fold, alone, optional=True)
         answer = fold.result()
-        if answer is None:
+        base = None if answer is None else self._base(client, model, judged, question, answer)
+        if answer is None or base is None:
             return model
         self.now.contributed([client], answer.examples, answer.loss)
-        return model.with_vector(answer.weights.vector)
+        after = model.with_vector(answer.weights.vector)
+        return after if gate is None else Handed(after, before=base, by=client, assignment=question.ids[client])
+
+    def _base(
+        self, client: str, model: Weights, judged: Handed | None, question: _Question, answer: Update
+    ) -> Weights | None:
+        """The model before this visit, for the next client's eyes; None where the answer does not say which it is.
+
+        A visit that the client did not accept is undone, on record. Nobody judges its own: two visits of one client in
+        a row are judged as one.
+        """
+        if judged is None:
+            return model.before if isinstance(model, Handed) else model
+        try:
+            complaint = question.complaint(answer)
+        except Refused as refused:
+            self.now.refusals.append(Refusal(client, refused.reason, refused.detail))
+            return None
+        if not complaint:
+            return model
+        self.undo(judged, f"{client} did not accept it: {complaint}")
+        return judged.before
+
+    def undo(self, hop: Handed, why: str) -> None:
+        """A visit does not count after all, on record."""
+        self.now.refusals.append(Refusal(hop.by, Reason.GATE, why))
+        self.now.withdrawn(hop.by, hop.assignment)
 
     async def sums(
         self, cohort: Collection[str], model: Weights, work: Evaluate, size: int, each: Each | None = None
@@ -232,6 +276,11 @@ class JournaledFederation:
         """The ids that were asked in this round and count for nothing."""
         kept = {*self.now.accepted, *self._flights.ids()}
         return tuple(sent for sent in dict.fromkeys(self.now.sent) if sent not in kept)
+
+    def undone(self) -> tuple[str, ...]:
+        """The ids of everything asked or taken in this round, for one that does not stand."""
+        flying = self._flights.ids()
+        return tuple(key for key in dict.fromkeys([*self.now.sent, *self.now.accepted]) if key not in flying)
 
     def airborne(self) -> tuple[Started, ...]:
         """The asynchronous work under way."""

@@ -22,8 +22,10 @@ __all__ = ["BestRound", "Commit", "Entry", "Journal", "MemoryJournal", "OpenRoun
 class RoundRecord:
     """One line of a run's history.
 
-    `loss` is the mean training loss, `metrics` the pooled validation scores and `per_client` each client's, where a
-    round was evaluated and sites release them. `seconds` is wall time; bytes are payload, up from and down to clients.
+    `loss` is the mean training loss, `metrics` the validation scores pooled over the clients `scored`, and `per_client`
+    each client's, where a round was evaluated and sites release them. `seconds` is wall time; bytes are payload, up
+    from and down to clients. `rejected` says why a round does not stand: the scores are then those of the model it
+    would have made.
     """
 
     round: int
@@ -39,6 +41,13 @@ class RoundRecord:
     refusals: tuple[Refusal, ...] = ()
     epsilon: Mapping[str, float] = field(default_factory=dict)
     best: bool = False
+    rejected: str = ""
+    scored: tuple[str, ...] = ()
+
+    @property
+    def stands(self) -> bool:
+        """Whether the round's model took the place of the one before."""
+        return not self.rejected
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,9 +99,7 @@ class Progress:
         self.bytes_up = 0
         self.bytes_down = 0
         self._asked: Counter[tuple[str, str]] = Counter()
-        self._contributors: set[str] = set()
-        self._examples = 0
-        self._losses: list[tuple[float, int]] = []
+        self._contributions: list[tuple[tuple[str, ...], int, float | None]] = []
         self._began = time.monotonic()
 
     def next_id(self, question: str, client: str) -> str:
@@ -112,23 +110,29 @@ class Progress:
 
     def contributed(self, clients: Collection[str], examples: int, loss: float | None) -> None:
         """Training answers entered the model."""
-        self._contributors.update(clients)
-        self._examples += examples
-        if loss is not None:
-            self._losses.append((loss * examples, examples))
+        self._contributions.append((tuple(clients), examples, loss))
+
+    def withdrawn(self, client: str, key: str) -> None:
+        """A client's visit of this round, assignment `key`, is undone after all."""
+        if key not in self.accepted:
+            return  # it was of an earlier round
+        self.accepted.remove(key)
+        at = max(i for i, (clients, *_) in enumerate(self._contributions) if clients == (client,))
+        del self._contributions[at]
 
     def _loss(self) -> float | None:
         """The mean training loss by examples, the same in whatever order the answers came."""
-        rows = sum(examples for _, examples in self._losses)
-        return math.fsum(total for total, _ in self._losses) / rows if rows else None
+        known = [(loss * examples, examples) for _, examples, loss in self._contributions if loss is not None]
+        rows = sum(examples for _, examples in known)
+        return math.fsum(total for total, _ in known) / rows if rows else None
 
     def record(self, **more: Any) -> RoundRecord:
         """The attempt so far as a line of history."""
         return RoundRecord(
             round=self.opened.round,
             attempt=self.opened.attempt,
-            clients=tuple(sorted(self._contributors)),
-            examples=self._examples,
+            clients=tuple(sorted({client for clients, *_ in self._contributions for client in clients})),
+            examples=sum(examples for _, examples, _ in self._contributions),
             loss=self._loss(),
             seconds=time.monotonic() - self._began,
             bytes_up=self.bytes_up,

@@ -62,7 +62,8 @@ def simulate(
     names = client_names(clients)
     plan_init = _init(init, task)
     _require_counts(workers=workers, threads=1 if threads is None else threads)
-    setting = Setting(task, seed, device, evaluate is not None, threads=threads or torch.get_num_threads())
+    holds_out_valid = evaluate is not None or strategy.needs_valid
+    setting = Setting(task, seed, device, holds_out_valid, threads=threads or torch.get_num_threads())
     place = _place(setting, min(workers, len(names)))
     transport = SimulatedTransport(names, place, seed=seed, latency=latency)
     try:

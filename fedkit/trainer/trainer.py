@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from fedkit import rng
 from fedkit.errors import ConfigError, DataError, Reason, Refused
+from fedkit.gate import BEFORE, VERDICT, Gate
 from fedkit.metrics import MetricSet
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.task import Data, Task
@@ -112,6 +113,12 @@ class Trainer:
         work = assignment.work
         if isinstance(work, Summarize):
             return self._summarize(assignment.client, work), state
+        if isinstance(work, Fit) and work.gate is not None:
+            return self._fit_gated(assignment, work.gate, parcel, state)
+        return self._work(assignment, parcel, state)
+
+    def _work(self, assignment: Assignment, parcel: Parcel, state: ClientState) -> tuple[Answer, ClientState]:
+        work = assignment.work
         self._receive(parcel.model, state)
         seed = rng.seed_for(assignment.seed, assignment.round, assignment.client)
         self.load(assignment.client)  # before the seed is set, so that nothing depends on what is cached
@@ -120,6 +127,7 @@ class Trainer:
             return self._evaluate(assignment.client, work), state
         if isinstance(work, Gradient):
             return self._gradient(assignment, work, seed), state
+        assert isinstance(work, Fit)  # there is no other
         own = {name: array.copy() for name, array in state.items()}  # a train loop may change arrays in place
         return self._fit(assignment, work, parcel, own, seed)
 
@@ -149,6 +157,24 @@ class Trainer:
         state |= {_LOCAL + name: _array(tensor) for name, tensor in self._binding.read_local().items()}
         result = self._binding.read() if at.returns == "weights" else self._binding.read_change(parcel.model)
         return Update(result, count, loss, site.sent), state
+
+    def _fit_gated(self, at: Assignment, gate: Gate, parcel: Parcel, state: ClientState) -> tuple[Update, ClientState]:
+        """Trains from the received model if the hop that made it keeps to the gate, else from the model before."""
+        extra = dict(parcel.extra)
+        if BEFORE not in extra:
+            raise Refused(Reason.PAYLOAD, "a gate needs the model before, which did not come along")
+        before = parcel.model.with_vector(extra.pop(BEFORE))
+        verdict = gate.judge(parcel.model, before, lambda model: self._score(at.client, model, state, gate.scored))
+        start = Parcel(parcel.model if verdict.broken is None else before, extra)
+        update, after = self._work(at, start, state)
+        assert isinstance(update, Update)  # what a Fit is answered with
+        return replace(update, extra={**update.extra, VERDICT: verdict.to_vector()}), after
+
+    def _score(self, client: str, model: Weights, state: ClientState, metric: str) -> float:
+        """A model's metric on the client's own validation rows."""
+        self._receive(model, state)
+        sums = self._evaluate(client, Evaluate())
+        return MetricSet(self.task).compute(sums.vector)[metric]
 
     def _watched(self, stream: Iterator[T], total: int = 0) -> Iterator[T]:
         return stream if self._watch is None else _watched(stream, self._watch, total)

@@ -51,6 +51,33 @@ def test_a_run_file_is_trained_saved_and_exported(tmp_path: Path) -> None:
     assert (tmp_path / "bundle" / "model.onnx").stat().st_size > 1000
 
 
+def test_gates_are_set_in_a_run_file(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fedkit.cli import app
+
+    gated = RUN.replace("FedAvg", "CyclicWeightTransfer").replace(
+        "participation = { quorum = 3 }", "gate = { max_norm = 9 }"
+    )
+    gated = gated.replace("lr = 0.003", "lr = 2.0").replace('"auroc:max"', '"loss:min"\nmax_drop = 0.0')
+    (tmp_path / "run.toml").write_text(gated)
+    found = CliRunner().invoke(app, ["simulate", str(tmp_path / "run.toml"), "--out", str(tmp_path / "out")])
+    assert found.exit_code == 0, found.output
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert facts["strategy"]["gate"] == {"max_norm": 9.0, "max_ratio": None, "max_drop": None, "metric": "loss:min"}
+    assert any(record["rejected"] for record in facts["history"])
+
+
+def test_a_table_says_which_rounds_do_not_stand() -> None:
+    from fedkit.cli import show
+    from fedkit.rounds.journal import RoundRecord
+
+    table = show._table("", [RoundRecord(1), RoundRecord(2, rejected="loss is 9 after 1")], 2)
+    assert table.columns[-1].header == "stands"
+    assert list(table.columns[-1].cells) == ["", "no"]
+    assert show._table("", [RoundRecord(1)], 2).columns[-1].header == "up"
+
+
 def test_json_output_is_one_document_with_everything(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     found = fedkit("simulate", "run.toml", "--json", "--clients", "cleveland,hungarian,va", cwd=tmp_path)

@@ -295,6 +295,8 @@ def records(draw: st.DrawFn) -> RoundRecord:
         draw(REFUSALS),
         draw(METRICS),
         draw(st.booleans()),
+        draw(st.text(max_size=20)),
+        tuple(draw(st.lists(NAMES, max_size=2))),
     )
 
 

@@ -75,6 +75,7 @@ STRATEGIES = {
     "SingleWeightTransfer": SingleWeightTransfer(local=FIT),
     "StochasticWeightTransfer": StochasticWeightTransfer(rounds=2, clients_per_round=3, local=FIT),
     "CoordinateMedian": CoordinateMedian(rounds=2, local=FIT),
+    "gated hops": CyclicWeightTransfer(rounds=2, local=FIT, gate=fedkit.Gate(max_norm=0.068, max_drop=0.1)),
     "gathered chains": GatheredChains(rounds=2, local=FIT),
     "single updates": OrderMatters(rounds=2, local=FIT),
 }

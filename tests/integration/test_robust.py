@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import fedkit
 from fedkit import robust
 from fedkit.config import parse
 from fedkit.errors import ConfigError, IncompatibleStrategy, RunFailed
+from fedkit.robust import Stack
 from fedkit.rounds.conduct import Outcome
 from fedkit.runfile import RunFile
 from fedkit.strategies import CoordinateMedian, Krum, MultiKrum, NormClipping, TrimmedMean
@@ -83,6 +86,16 @@ def test_clipping_shortens_what_is_longer_and_nothing_else(sent: tuple[Weights, 
     bound = float(np.median(norms))
     step = (np.minimum(1, bound / norms)[:, None] * sent[1]).mean(axis=0)
     assert_steps(NormClipping(**ONE_ROUND, max_norm=bound), sent, step)
+
+
+def test_the_rule_of_the_docs_is_one(sent: tuple[Weights, np.ndarray]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text()
+    (program,) = re.findall(r"```python\n(class Midrange.*?)```", text, re.DOTALL)
+    names = {"Strategy": Strategy, "Stack": Stack, "np": np}
+    exec(program, names)
+    assert_steps(names["Midrange"](**ONE_ROUND), sent, (sent[1].min(axis=0) + sent[1].max(axis=0)) / 2)
+    with pytest.raises(IncompatibleStrategy, match="Midrange needs 3 clients"):
+        run(names["Midrange"](**ONE_ROUND), CLIENTS[:2])
 
 
 # -- how many answers are needed ---------------------------------------------------------------------------------------
@@ -165,7 +178,7 @@ def test_a_wrong_setting_in_a_run_file_is_named(settings: dict[str, object], say
 @pytest.mark.parametrize("strategy", [strategy for strategy, least in STRATEGIES if least < 7])
 def test_neither_the_order_of_arrival_nor_claimed_rows_change_a_bit(strategy: Strategy) -> None:
     expected = run(strategy)
-    found = run(strategy, latency=lambda assignment: -float(ord(assignment.client[0])))
+    found = run(strategy, latency=lambda assignment: 200.0 - ord(assignment.client[0]))
     assert found.weights == expected.weights
     assert [record.loss for record in found.history] == [record.loss for record in expected.history]
 

@@ -10,7 +10,7 @@ import pytest
 from fedkit.loopback import Loopback
 
 CLIENTS = ("ada", "bea", "cyd")
-TASKS = [f"tests.network.tasks:{name}" for name in ("plain", "stateful", "counting", "stuck", "leaky")]
+TASKS = [f"tests.network.tasks:{name}" for name in ("plain", "stateful", "counting", "stuck", "leaky", "hostile")]
 ROOT = Path(__file__).parents[2]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,6 +32,24 @@ def _counting(model: nn.Module, batches, site: fedkit.Site) -> float:
 
 # The update says how often this client has trained in this run: a repeated training would show in the bits.
 counting = toy_task(name="counting", loss=None, train=_counting)
+
+
+def _hostile(model: nn.Module, batches, site: fedkit.Site) -> float:
+    visits = site.state["visits"] = site.state.get("visits", np.zeros(1)) + 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for features, labels in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(features), labels).backward()
+        optimizer.step()
+    if site.client == "bea" and visits[0] == 2:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(-20)
+    return 0.0
+
+
+# Bea ruins the model the second time she trains it.
+hostile = toy_task(name="hostile", train=_hostile)
 
 
 def _stuck(model: nn.Module, batches, site: fedkit.Site) -> float:

@@ -151,6 +151,15 @@ def test_weight_transfer_passes_a_site_by_that_does_not_allow_it(federation: Loo
     assert why(result) == {"strategy: CyclicWeightTransfer (allowed: FedAvg, FedSGD) (and 1 more)"}
 
 
+def test_a_site_that_releases_no_scores_rejects_a_hop_without_telling_them(federation: Loopback) -> None:
+    gated = CyclicWeightTransfer(rounds=2, local=LOCAL, gate=fedkit.Gate(max_drop=0.3))
+    record = trained(federation, gated, tasks.hostile).history[1]
+    [refusal] = [one for one in record.refusals if one.client == "bea"]
+    assert refusal.reason is Reason.GATE
+    assert refusal.detail == "cyd did not accept it: its loss on validation data got worse, max_drop is 0.3"
+    assert record.clients == ("cyd",)
+
+
 def checked(federation: Loopback, run: str, name: str, *given: str) -> Any:
     """`fedkit client check RUN` at one of the sites."""
     arguments = ["client", "check", run, "--task", "tests.network.tasks:plain", "--coordinator", federation.address]

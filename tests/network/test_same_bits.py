@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 import fedkit
+from fedkit.errors import IncompatibleStrategy
 from fedkit.loopback import Loopback
 from fedkit.strategies import (
     CoordinateMedian,
@@ -18,6 +19,7 @@ from fedkit.strategies import (
     FedBuff,
     FedSGD,
     FedYogi,
+    Krum,
     NormClipping,
     Scaffold,
     SingleWeightTransfer,
@@ -81,6 +83,37 @@ def test_a_scored_run_has_the_same_best_round_and_scores(federation: Loopback) -
 def test_what_stays_at_the_clients_is_the_same(federation: Loopback, task: fedkit.Task) -> None:
     networked, simulated = both(federation, task, FedAvg(rounds=4, local=FIT))
     assert networked.weights == simulated.weights
+
+
+@pytest.mark.parametrize(
+    ("strategy", "evaluate"),
+    [
+        (CyclicWeightTransfer(rounds=3, local=FIT, gate=fedkit.Gate(max_drop=0.2)), None),
+        (SingleWeightTransfer(local=FIT, gate=fedkit.Gate(max_norm=9.0, max_ratio=9.0)), None),
+        (FedAvg(rounds=3, local=FIT), fedkit.Evaluation(best="loss:min", max_drop=0.2)),
+    ],
+    ids=["gated hops", "a gate that lets pass", "gated rounds"],
+)
+def test_what_a_gate_decides_is_the_same(
+    federation: Loopback, strategy: fedkit.Strategy, evaluate: fedkit.Evaluation | None
+) -> None:
+    networked, simulated = both(federation, tasks.hostile, strategy, evaluate=evaluate)
+    assert networked.weights == simulated.weights
+    assert [facts(record) for record in networked.history] == [facts(record) for record in simulated.history]
+    undone = [r.round for r in simulated.history if r.refusals or not r.stands]
+    assert undone == ([2, 3] if strategy.rounds == 3 else [])  # with what it left at bea: her third is her second again
+
+
+def test_a_run_that_may_begin_with_too_few_for_its_rule_is_refused_at_submission(federation: Loopback) -> None:
+    with fedkit.connect(federation.address) as coordinator:
+        with pytest.raises(IncompatibleStrategy, match="Krum needs 5 clients in a round, and a round may begin with 3"):
+            coordinator.submit(tasks.plain, Krum(local=FIT), min_clients=3)
+        with pytest.raises(IncompatibleStrategy, match=r"Krum needs 5 answers in a round, and participation.quorum=4"):
+            coordinator.submit(tasks.plain, Krum(local=FIT, participation=fedkit.Participation(quorum=4)))
+        name = coordinator.submit(tasks.plain, Krum(local=FIT))
+        waiting = coordinator.status(name).runs[0]
+        assert coordinator.cancel(name).state == "cancelled"
+    assert (waiting.state, waiting.detail) in [("waiting", "3 of at least 5 clients are here"), ("running", "")]
 
 
 def test_a_warm_start_is_the_same(federation: Loopback) -> None:

@@ -15,6 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedkit.errors import PayloadError, Reason, Refused
+from fedkit.gate import Gate
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import operators_pb2, tensors_pb2
 from fedkit.protos.convert import (
@@ -228,12 +229,25 @@ sizes = counts | st.just("all")
 rates = st.none() | st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
 
 
+positive = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+limits = st.fixed_dictionaries(
+    {}, optional={"max_norm": positive, "max_ratio": positive, "max_drop": st.just(0.0) | positive}
+).filter(bool)
+gates = st.builds(lambda given, metric: Gate(**given, metric=metric), limits, st.sampled_from(["loss:min", "auc:max"]))
+
+
 @st.composite
 def fits(draw: st.DrawFn) -> Fit:
     amount = draw(st.sampled_from(["epochs", "steps", "neither"]))
     chosen = {} if amount == "neither" else {amount: draw(counts)}
     proximal = draw(st.floats(min_value=0, allow_nan=False, allow_infinity=False))
-    rest = {"control_variates": draw(st.booleans()), "mixed_precision": draw(st.booleans()), "proximal": proximal}
+    gate = draw(st.none() | gates)
+    rest = {
+        "gate": gate,
+        "control_variates": draw(st.booleans()),
+        "mixed_precision": draw(st.booleans()),
+        "proximal": proximal,
+    }
     return Fit(**chosen, batch_size=draw(sizes), lr=draw(rates), **rest)
 
 

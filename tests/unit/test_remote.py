@@ -137,6 +137,8 @@ def test_a_name_that_is_made_up_is_one_a_run_may_have(task: str) -> None:
         refusals=st.lists(st.builds(Refusal, TEXT, st.sampled_from(Reason), TEXT), max_size=3).map(tuple),
         epsilon=VALUES,
         best=st.booleans(),
+        rejected=TEXT,
+        scored=st.lists(TEXT, max_size=3).map(tuple),
     )
 )
 def test_a_record_comes_back_as_it_was(record: RoundRecord) -> None:
