@@ -18,8 +18,8 @@ import numpy as np
 from blake3 import blake3
 
 from fedkit.codec import CHUNK_BYTES
-from fedkit.errors import PayloadError, Reason, Refused, StorageError
-from fedkit.weights import Manifest, Vector, Weights
+from fedkit.errors import PayloadError, StorageError
+from fedkit.weights import Manifest, Vector, Weights, require_plausible
 
 __all__ = [
     "Intake",
@@ -148,11 +148,11 @@ def _private(path: str, flags: int) -> int:
 class Intake:
     """One payload on its way. `have` is the number of bytes taken; the next chunk continues there."""
 
-    def __init__(self, manifest_digest: str, payload_bytes: int, digest: bytes, *, finite: bool) -> None:
+    def __init__(self, manifest_digest: str, payload_bytes: int, digest: bytes, *, plausible: bool) -> None:
         self.payload_bytes = payload_bytes
         self.have = 0
         self._digest = digest
-        self._finite = finite
+        self._plausible = plausible
         self._hash = payload_digest(manifest_digest)
         self._is_open = True
 
@@ -174,8 +174,8 @@ class Intake:
         self._note(chunk)
 
     def _check(self, chunk: memoryview) -> None:
-        if self._finite and not _is_finite(np.frombuffer(chunk, dtype="<f4")):
-            raise Refused(Reason.NOT_FINITE, "NaN or infinity in the update: lower the learning rate or check the data")
+        if self._plausible:
+            require_plausible(np.frombuffer(chunk, dtype="<f4"))
 
     def _write(self, chunk: memoryview) -> None:
         raise NotImplementedError
@@ -213,9 +213,16 @@ class Stash(Intake):
     """
 
     def __init__(
-        self, path: Path, manifest_digest: str, payload_bytes: int, digest: bytes, room: Room, *, finite: bool = False
+        self,
+        path: Path,
+        manifest_digest: str,
+        payload_bytes: int,
+        digest: bytes,
+        room: Room,
+        *,
+        plausible: bool = False,
     ) -> None:
-        super().__init__(manifest_digest, payload_bytes, digest, finite=finite)
+        super().__init__(manifest_digest, payload_bytes, digest, plausible=plausible)
         self._payload = Payload(path, [], (room, payload_bytes))
         self._tail = bytearray()
 
@@ -262,9 +269,9 @@ class Stash(Intake):
 class Spool(Intake):
     """One payload on its way into a file.
 
-    What was left in `path` with the ending `.part` counts, once its bytes have been hashed again. With `finite`, NaN
-    and infinity are refused as they go by. A file of `spares` is written over under the ending `.over`, which becomes
-    `.part` when the spool is closed early. Raises `PayloadError`, or `Refused` for NaN and infinity.
+    What was left in `path` with the ending `.part` counts, once its bytes have been hashed again. With `plausible`,
+    values that no update may hold are refused as they go by. A file of `spares` is written over under the ending
+    `.over`, which becomes `.part` when the spool is closed early. Raises `PayloadError`, or `Refused` for such values.
     """
 
     def __init__(
@@ -274,10 +281,10 @@ class Spool(Intake):
         payload_bytes: int,
         digest: bytes,
         *,
-        finite: bool = False,
+        plausible: bool = False,
         spares: Spares | None = None,
     ) -> None:
-        super().__init__(manifest_digest, payload_bytes, digest, finite=finite)
+        super().__init__(manifest_digest, payload_bytes, digest, plausible=plausible)
         self.path = path
         self._part = _part(path)
         over = path.with_name(path.name + ".over")
@@ -337,12 +344,6 @@ class Spool(Intake):
 
 def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
-
-
-def _is_finite(values: Vector) -> bool:
-    with np.errstate(over="ignore", invalid="ignore"):
-        square = np.dot(values, values)  # one fast pass; finite only if every element is
-    return bool(np.isfinite(square)) or bool(np.isfinite(values).all())
 
 
 class Values:

@@ -20,9 +20,9 @@ import torch
 from blake3 import blake3
 from torch import nn
 
-from fedkit.errors import CastWarning, ManifestMismatch, PayloadError
+from fedkit.errors import CastWarning, ManifestMismatch, PayloadError, Reason, Refused
 
-__all__ = ["BLOCK", "Binding", "Entry", "Exchange", "Manifest", "Vector", "Weights"]
+__all__ = ["BLOCK", "Binding", "Entry", "Exchange", "Manifest", "Vector", "Weights", "require_plausible"]
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 Exchange: TypeAlias = Callable[[str], bool]
@@ -32,6 +32,7 @@ MAX_NAME = 512
 MAX_TENSORS = 100_000
 MAX_ELEMENTS = 1 << 36
 BLOCK = 1 << 18  # elements that are folded or measured at a time
+LARGEST = 1e18  # value of an update: no training comes near it, and its square is still a float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,6 +396,18 @@ def _shared_views(tensors: list[torch.Tensor]) -> list[Vector]:
         t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and t.numel() for t in tensors
     )
     return [tensor.detach().view(-1).numpy() for tensor in tensors] if plain else []
+
+
+def require_plausible(values: Vector) -> None:
+    """Raises `Refused` where an update holds NaN, infinity, or a value beyond 1e18, which no training brings."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = np.dot(values, values)  # one fast pass; nearly always it says enough
+    if square <= LARGEST**2:
+        return
+    if not np.isfinite(values).all():
+        raise Refused(Reason.NOT_FINITE, "NaN or infinity in the update: lower the learning rate or check the data")
+    if np.abs(values).max() > LARGEST:
+        raise Refused(Reason.NORM, f"values beyond {LARGEST:g} in the update: lower the learning rate")
 
 
 def _all(name: str) -> bool:  # noqa: ARG001

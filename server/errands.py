@@ -139,8 +139,8 @@ class Errand:
     def _intake(self, manifest_digest: str, due: int, digest: bytes) -> Intake:
         """Small answers stay in memory as long as there is room, unless a file has a part of them."""
         if due <= _STASHED_BYTES and not Spool.is_begun(self._path) and self._room.take(due):
-            return Stash(self._path, manifest_digest, due, digest, self._room, finite=True)
-        return Spool(self._path, manifest_digest, due, digest, finite=True, spares=self._spares)
+            return Stash(self._path, manifest_digest, due, digest, self._room, plausible=True)
+        return Spool(self._path, manifest_digest, due, digest, plausible=True, spares=self._spares)
 
     def expects(self, spool: Intake | None) -> bool:
         """Whether this upload is the one that counts, and not one that a newer upload has cut off."""

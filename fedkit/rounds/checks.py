@@ -6,7 +6,7 @@ import numpy as np
 
 from fedkit.errors import Reason, Refused
 from fedkit.rounds.assignment import Returns
-from fedkit.weights import Manifest
+from fedkit.weights import Manifest, require_plausible
 from fedkit.work import Answer, MetricSums, Summary, Update
 
 __all__ = ["MAX_EXAMPLES", "inspect"]
@@ -37,9 +37,8 @@ def _inspect_update(answer: Update, manifest: Manifest) -> None:
         return  # its bytes were checked as they arrived
     if any(vector.dtype != np.float32 or vector.ndim != 1 for vector in answer.extra.values()):
         raise Refused(Reason.SHAPE, "an extra vector is not flat float32")
-    finite = answer.weights.is_finite() and all(np.isfinite(vector).all() for vector in answer.extra.values())
-    if not finite:
-        raise Refused(Reason.NOT_FINITE, "NaN or infinity in the update: lower the learning rate or check the data")
+    for vector in (answer.weights.vector, *answer.extra.values()):
+        require_plausible(vector)
 
 
 def _inspect_sums(answer: MetricSums | Summary) -> None:

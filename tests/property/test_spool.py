@@ -23,7 +23,8 @@ from fedkit.weights import Entry, Manifest, Vector, Weights
 MANIFEST = Manifest((Entry("w", (7, 5)), Entry("b", (5,))))
 EXTRAS = {"control": 3, "tau": 1}
 SIZE = MANIFEST.size + sum(EXTRAS.values())
-VECTORS = hnp.arrays(np.dtype("<f4"), SIZE, elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
+LARGE = 2.0**59  # which an update may hold
+VECTORS = hnp.arrays(np.dtype("<f4"), SIZE, elements=st.floats(-LARGE, LARGE, width=32))
 PIECES = st.lists(st.integers(1, SIZE), max_size=6)  # elements of one piece after the other
 LENGTHS = st.integers(0, 3 * SIZE)  # bytes of a file that is written over
 
@@ -32,9 +33,9 @@ def digest(payload: bytes) -> bytes:
     return payload_digest(MANIFEST.digest).update(payload).digest()
 
 
-def spool(folder: Path, payload: bytes, spares: Spares | None = None, *, finite: bool = True) -> Spool:
+def spool(folder: Path, payload: bytes, spares: Spares | None = None, *, plausible: bool = True) -> Spool:
     """Where `payload` may go."""
-    return Spool(folder / "it", MANIFEST.digest, len(payload), digest(payload), finite=finite, spares=spares)
+    return Spool(folder / "it", MANIFEST.digest, len(payload), digest(payload), plausible=plausible, spares=spares)
 
 
 def feed(into: Spool | Stash, payload: bytes, sizes: list[int]) -> None:
@@ -143,7 +144,7 @@ def test_one_changed_bit_is_refused_and_nothing_is_left_of_the_payload(tmp_path_
     folder, payload = tmp_path_factory.mktemp("changed"), vector.tobytes()
     changed = bytearray(payload)
     changed[at] ^= 1 << bit
-    into = spool(folder, payload, with_spares(folder, len(payload)) if is_over else None, finite=False)
+    into = spool(folder, payload, with_spares(folder, len(payload)) if is_over else None, plausible=False)
     feed(into, bytes(changed), [SIZE])
     with pytest.raises(PayloadError, match="digest"):
         into.finish()
@@ -175,14 +176,19 @@ def test_a_value_that_is_not_finite_is_refused_wherever_it_is(tmp_path_factory, 
     assert names(folder) == []
 
 
-def test_values_whose_squares_overflow_are_finite(tmp_path: Path) -> None:
-    payload = np.full(SIZE, 3e38, dtype="<f4").tobytes()
+def test_values_may_be_as_large_as_no_training_brings_them_and_not_larger(tmp_path: Path) -> None:
+    payload = np.full(SIZE, 9.9e17, dtype="<f4").tobytes()
     assert rest(spool(tmp_path, payload), payload).read_bytes() == payload
+    for value in (1.1e18, -1e30, 3e38):
+        vector = np.zeros(SIZE, dtype="<f4")
+        vector[-1] = value
+        with pytest.raises(Refused, match=r"values beyond 1e\+18"):
+            rest(spool(tmp_path, vector.tobytes()), vector.tobytes())
 
 
 def test_a_payload_that_is_only_sent_on_may_hold_anything(tmp_path: Path) -> None:
     payload = np.full(SIZE, np.nan, dtype="<f4").tobytes()
-    assert rest(spool(tmp_path, payload, finite=False), payload).read_bytes() == payload
+    assert rest(spool(tmp_path, payload, plausible=False), payload).read_bytes() == payload
 
 
 def test_what_is_left_of_an_earlier_upload_is_checked_again(tmp_path: Path) -> None:
@@ -250,11 +256,11 @@ CHUNKS = st.integers(1, SIZE + 1)  # elements in the largest piece
 ROOM = 2 * CHUNK_BYTES
 
 
-def stash(folder: Path, payload: bytes, room: Room | None = None, *, finite: bool = True) -> Stash:
+def stash(folder: Path, payload: bytes, room: Room | None = None, *, plausible: bool = True) -> Stash:
     """Where `payload` may go in memory; its room is taken."""
     room = Room(ROOM) if room is None else room
     assert room.take(len(payload))
-    return Stash(folder / "it", MANIFEST.digest, len(payload), digest(payload), room, finite=finite)
+    return Stash(folder / "it", MANIFEST.digest, len(payload), digest(payload), room, plausible=plausible)
 
 
 def whole(into: Spool | Stash, payload: bytes, size: int = SIZE) -> Payload:
@@ -431,7 +437,7 @@ def test_a_value_that_is_not_finite_is_refused_in_memory_too(tmp_path: Path, val
     with pytest.raises(Refused) as refused:
         whole(into, vector.tobytes())
     assert (refused.value.reason, into.have) == (Reason.NOT_FINITE, 0)
-    held = whole(stash(tmp_path, vector.tobytes(), finite=False), vector.tobytes())
+    held = whole(stash(tmp_path, vector.tobytes(), plausible=False), vector.tobytes())
     assert Values(held, 0, SIZE).all().tobytes() == vector.tobytes()
 
 
@@ -541,7 +547,7 @@ def test_payloads_of_many_chunks_are_the_same_file(tmp_path_factory, odd):
     vector = np.arange(CHUNK_BYTES // 2 + odd, dtype="<f4")
     payload = memoryview(vector.tobytes())
     due = payload_digest(MANIFEST.digest).update(payload).digest()
-    into = Spool(folder / "it", MANIFEST.digest, len(payload), due, finite=True)
+    into = Spool(folder / "it", MANIFEST.digest, len(payload), due, plausible=True)
     for start in range(0, len(payload), CHUNK_BYTES):
         into.feed(payload[start : start + CHUNK_BYTES])
     assert into.finish().path.read_bytes() == payload
