@@ -16,6 +16,7 @@ from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
 from fedkit.protos.wire import PROTOCOL, SESSION_KEY, Laden, unframe
+from fedkit.rounds.checks import MAX_EXAMPLES
 from fedkit.server.attendance import Attendance, Session
 from fedkit.server.errands import Errand, feed, require_examples
 from fedkit.server.guard import caller
@@ -68,11 +69,20 @@ class _Short(Exception):
 class AgentService:
     """Implements `service Agents` of agents.proto for a grpc.aio server."""
 
-    def __init__(self, attendance: Attendance, register: Register, metrics: Metrics, *, heartbeat_s: float) -> None:
+    def __init__(
+        self,
+        attendance: Attendance,
+        register: Register,
+        metrics: Metrics,
+        *,
+        heartbeat_s: float,
+        max_examples: int = MAX_EXAMPLES,
+    ) -> None:
         self._attendance = attendance
         self._register = register
         self._metrics = metrics
         self._heartbeat_s = heartbeat_s
+        self._max_examples = max_examples
 
     # -- attendance ----------------------------------------------------------------------------------------------------
 
@@ -99,7 +109,8 @@ class AgentService:
             raise _Unwelcome(pb.Goodbye.MALFORMED, "the first message must be Hello, at once") from None
         hello = _checked_hello(first.message)
         name = hello.client if known is None else known.name  # with TLS, the certificate's name alone counts
-        session = Session(name, hello.instance, frozenset(hello.tasks), int(hello.max_examples), hello.min_cohort)
+        most = min(int(hello.max_examples), self._max_examples)  # whoever lies about updates lies about this too
+        session = Session(name, hello.instance, frozenset(hello.tasks), most, hello.min_cohort)
         before = self._attendance.sessions.get(session.name)
         if before is not None and before.instance != session.instance:
             detail = f"another process attends as {session.name}"
@@ -222,7 +233,7 @@ class AgentService:
     def _unasked(self, session: Session, key: str) -> Reason:
         """Why nobody takes this answer; on record, because nothing waits for it."""
         accepted, dropped = self._register.fates([key])
-        reason = Reason.DUPLICATE if accepted else Reason.LATE if dropped else Reason.UNKNOWN
+        reason = Reason.DUPLICATE if accepted else Reason.LATE if dropped else self._attendance.why_over(key, session)
         self._metrics.refusals.labels(reason=reason.value).inc()
         log.warning("unasked answer", client=session.name, reason=reason.value)
         return reason

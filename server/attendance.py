@@ -125,6 +125,7 @@ class Attendance:
         self.away: dict[str, tuple[float, frozenset[str]]] = {}  # since when, and the tasks
         self.left: set[str] = set()
         self.refusals: dict[str, str] = {}  # the last one of each client, in words
+        self.over: dict[str, tuple[str, Reason]] = {}  # assignments of open rounds: whose, and why no answer is taken
         self._tokens: dict[bytes, Session] = {}
         self._waiting: defaultdict[str, list[asyncio.Future[None]]] = defaultdict(list)
         self._changed: asyncio.Future[None] | None = None
@@ -182,6 +183,11 @@ class Attendance:
             return []
         found = (self.sessions[name].voucher for name in cohort if name in self.sessions and name != client)
         return list(itertools.islice((voucher for voucher in found if voucher is not None), session.min_cohort - 1))
+
+    def why_over(self, key: str, session: Session) -> Reason:
+        """Why an answer to this assignment, of which nothing is settled, is not taken from this session."""
+        client, reason = self.over.get(key, ("", Reason.UNKNOWN))
+        return reason if client == session.name else Reason.UNKNOWN
 
     def states(self) -> list[str]:
         """One word for each client: ready, working, away, left."""

@@ -116,6 +116,8 @@ class Errand:
 
     def receive(self, announced: pb.Announcement, max_examples: int) -> Intake:
         """Where the announced bytes go. Raises `Refused` before any of them is taken; an upload before is cut off."""
+        if self.answer.done():  # its file may be read by now, and must not be written again
+            raise Refused(Reason.DUPLICATE, "this assignment is answered")
         manifest = self.published.parcel.model.manifest
         if self.assignment.returns == "sums":
             raise Refused(Reason.SHAPE, "this assignment is answered by sums")
@@ -197,4 +199,4 @@ def feed(spool: Intake, chunk: memoryview) -> None:
 def require_examples(examples: int, most: int) -> None:
     """Raises `Refused` unless the count is from 1 to what the client has declared."""
     if not 0 < examples <= most:
-        raise Refused(Reason.EXAMPLES, f"{examples} examples are claimed, the client has declared 1 to {most}")
+        raise Refused(Reason.EXAMPLES, f"{examples} examples are claimed, 1 to {most} are declared and allowed")

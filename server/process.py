@@ -20,6 +20,7 @@ from fedkit.logs import keep
 from fedkit.process import fast_loop, on_stop, tune_malloc
 from fedkit.protos import agents_pb2, operators_pb2
 from fedkit.protos.wire import SERVER_OPTIONS, handlers
+from fedkit.rounds.checks import MAX_EXAMPLES
 from fedkit.server.agents import AgentService
 from fedkit.server.attendance import Attendance
 from fedkit.server.database import Database
@@ -50,6 +51,8 @@ class CoordinatorSettings(Settings):
     With the folder of an `authority` everything is mutual TLS; without one a coordinator listens on loopback only.
     `enrolment` is the address at which tokens are taken; `hosts` are names and addresses under which it is dialled,
     besides those it finds itself. `roster` is the members' roster, which goes to every agent.
+
+    No result counts for more than `max_examples` training rows, whatever a client declares: what one site can weigh.
     """
 
     listen: str = "127.0.0.1:8443"
@@ -61,6 +64,7 @@ class CoordinatorSettings(Settings):
     enrolment: str | None = None
     roster: Path | None = None
     hosts: tuple[str, ...] = ()
+    max_examples: Annotated[int, Field(gt=0, le=MAX_EXAMPLES)] = 1_000_000
 
 
 def _require_loopback(address: str) -> tuple[str, int]:
@@ -110,7 +114,9 @@ class Coordinator:
             if client.state != "left":
                 self.attendance.expect(client.name, frozenset(client.tasks))
         self.runs = Runs(settings.state, self.database, self.attendance, self.metrics, tasks)
-        self._agents = AgentService(self.attendance, self.database, self.metrics, heartbeat_s=settings.heartbeat_s)
+        heartbeat_s, most = settings.heartbeat_s, settings.max_examples
+        shared = self.attendance, self.database, self.metrics
+        self._agents = AgentService(*shared, heartbeat_s=heartbeat_s, max_examples=most)
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._watching: list[asyncio.Task[None]] = []
 

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypeVar
 
 import structlog
 
-from fedkit.errors import Refused
+from fedkit.errors import Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.convert import assignment_to_proto, voucher_to_proto
 from fedkit.rounds.assignment import Assignment, Parcel
@@ -116,6 +116,7 @@ class RunTransport:
         """The client's answer, over as many sessions as it takes; raises `Refused`."""
         errand = self._errand(assignment, parcel)
         self._asked[assignment.id] = assignment.client
+        self._attendance.over.pop(assignment.id, None)
         try:
             while True:
                 session = await self._attendance.session(assignment.client)
@@ -130,6 +131,8 @@ class RunTransport:
             raise
         finally:
             errand.discard()
+            if assignment.id in self._asked:
+                self._attendance.over[assignment.id] = assignment.client, _why_over(errand)
 
     def _errand(self, assignment: Assignment, parcel: Parcel) -> Errand:
         published = self._published.get(id(parcel))  # which holds the parcel, so that its id stays its own
@@ -191,6 +194,12 @@ class RunTransport:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _forget(self, key: str) -> str:
+        self._attendance.over.pop(key, None)
         self.spares.give(self._folder / key)
         Spool.forget(self._folder / key)
         return self._asked.pop(key, "")
+
+
+def _why_over(errand: Errand) -> Reason:
+    """Why no other answer is taken."""
+    return Reason.DUPLICATE if errand.answer.done() else Reason.LATE

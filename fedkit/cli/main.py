@@ -156,6 +156,9 @@ def server(
         str | None, typer.Option(metavar="HOST:PORT", help="Where those who have a token may enrol.")
     ] = None,
     roster: Annotated[Path | None, typer.Option(metavar="FILE", help="The members' roster, for every agent.")] = None,
+    max_examples: Annotated[
+        int | None, typer.Option(min=1, help="The most training rows that one site may claim; default 1,000,000.")
+    ] = None,
     host: Annotated[
         list[str] | None, typer.Option(help="A name or address under which this is dialled; may be repeated.")
     ] = None,
@@ -166,7 +169,7 @@ def server(
     from fedkit.cli.serving import coordinating
 
     given: dict[str, object] = {"listen": listen, "state": state, "metrics": metrics, "authority": authority}
-    given |= {"heartbeat_s": heartbeat_s, "rejoin_s": rejoin_s}
+    given |= {"heartbeat_s": heartbeat_s, "rejoin_s": rejoin_s, "max_examples": max_examples}
     given |= {"enrolment": enrolment, "roster": roster, "hosts": tuple(host) if host else None}
     with edge():
         coordinating(task or [], strategy or [], log.value, given, tethered)
