@@ -117,7 +117,7 @@ class Errand:
     def receive(self, announced: pb.Announcement, max_examples: int) -> Intake:
         """Where the announced bytes go. Raises `Refused` before any of them is taken; an upload before is cut off."""
         if self.answer.done():  # its file may be read by now, and must not be written again
-            raise Refused(Reason.DUPLICATE, "this assignment is answered")
+            raise Refused(self.why_over, "this assignment is answered")
         manifest = self.published.parcel.model.manifest
         if self.assignment.returns == "sums":
             raise Refused(Reason.SHAPE, "this assignment is answered by sums")
@@ -143,6 +143,12 @@ class Errand:
         if due <= _STASHED_BYTES and not Spool.is_begun(self._path) and self._room.take(due):
             return Stash(self._path, manifest_digest, due, digest, self._room, plausible=True)
         return Spool(self._path, manifest_digest, due, digest, plausible=True, spares=self._spares)
+
+    @property
+    def why_over(self) -> Reason:
+        """Why no answer is taken any more: there is one, or it has been closed without."""
+        is_taken = self.answer.done() and not isinstance(self.answer.result(), Refused)
+        return Reason.DUPLICATE if is_taken else Reason.LATE
 
     def expects(self, spool: Intake | None) -> bool:
         """Whether this upload is the one that counts, and not one that a newer upload has cut off."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,6 +120,7 @@ class Coordinator:
         self._agents = AgentService(*shared, heartbeat_s=heartbeat_s, max_examples=most)
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._watching: list[asyncio.Task[None]] = []
+        self._closing = contextlib.ExitStack()
 
     async def start(self) -> int:
         """Listens, takes up open runs, and returns the port."""
@@ -158,10 +160,12 @@ class Coordinator:
         if self._settings.metrics is not None:
             host, port = parts(self._settings.metrics)
             try:
-                start_http_server(port, addr=host, registry=self.metrics.registry)
+                server, _ = start_http_server(port, addr=host, registry=self.metrics.registry)
             except OSError:
                 text = f"{self._settings.metrics} is in use by another process, or not to be had here (for metrics)"
                 raise ConfigError(text) from None
+            self._closing.callback(server.server_close)
+            self._closing.callback(server.shutdown)
 
     async def stop(self) -> None:
         """Says goodbye to agents, ends calls, closes files."""
@@ -172,6 +176,7 @@ class Coordinator:
             watching.cancel()
         if self._trust is not None:
             await self._trust.close()
+        self._closing.close()
         self.database.close()
 
 

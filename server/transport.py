@@ -14,7 +14,7 @@ from typing import Literal, Protocol, TypeVar
 
 import structlog
 
-from fedkit.errors import Reason, Refused
+from fedkit.errors import Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.convert import assignment_to_proto, voucher_to_proto
 from fedkit.rounds.assignment import Assignment, Parcel
@@ -132,7 +132,7 @@ class RunTransport:
         finally:
             errand.discard()
             if assignment.id in self._asked:
-                self._attendance.over[assignment.id] = assignment.client, _why_over(errand)
+                self._attendance.over[assignment.id] = assignment.client, errand.why_over
 
     def _errand(self, assignment: Assignment, parcel: Parcel) -> Errand:
         published = self._published.get(id(parcel))  # which holds the parcel, so that its id stays its own
@@ -198,8 +198,3 @@ class RunTransport:
         self.spares.give(self._folder / key)
         Spool.forget(self._folder / key)
         return self._asked.pop(key, "")
-
-
-def _why_over(errand: Errand) -> Reason:
-    """Why no other answer is taken."""
-    return Reason.DUPLICATE if errand.answer.done() else Reason.LATE

@@ -29,6 +29,7 @@ class Inside:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
+        self._made_of = settings, tasks
         self.address = f"127.0.0.1:{self.do(self._begin(settings, tasks))}"
 
     async def _begin(self, settings: CoordinatorSettings, tasks: Mapping[str, Task]) -> int:
@@ -38,6 +39,11 @@ class Inside:
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` gives, done in the coordinator's loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(_PATIENCE_S)
+
+    def restart(self) -> None:
+        """Ends the coordinator and begins another one on its folder; the address stays where it was chosen."""
+        self.do(self.coordinator.stop())
+        self.do(self._begin(*self._made_of))
 
     def close(self) -> None:
         self.do(self.coordinator.stop())

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
@@ -32,7 +32,7 @@ class Hand:
     announcement: pb.Announcement
     payload: bytes
     manifest: str  # digest
-    pieces: list[bytes] = field(default_factory=list)  # instead of the payload, where given
+    pieces: list[bytes] | None = None  # instead of the payload, where given
 
     def sign(self) -> Hand:
         """Announces the bytes as they are now."""
@@ -43,7 +43,7 @@ class Hand:
     def messages(self) -> list[bytes]:
         """What is sent, message by message."""
         first = pb.UploadPiece(announcement=self.announcement).SerializeToString()
-        return [first, *(self.pieces or [frame(self.payload)])]
+        return [first, *([frame(self.payload)] if self.pieces is None else self.pieces)]
 
 
 class Talk:
