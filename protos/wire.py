@@ -6,12 +6,15 @@ sending it. What is framed here is what any protobuf library reads and writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import inspect
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError
 
 __all__ = [
     "CHANNEL_OPTIONS",
@@ -21,6 +24,7 @@ __all__ = [
     "SESSION_KEY",
     "Calls",
     "Laden",
+    "Undecodable",
     "frame",
     "handlers",
     "load",
@@ -57,6 +61,10 @@ _LADEN = frozenset({"fedkit.v1.ToAgent", "fedkit.v1.FromAgent"})
 _PAYLOAD = 0x7A  # field 15 of both, length-delimited
 _SMALL = 1 << 16  # bytes of a message beside its payload
 _KIND, _LENGTH_DELIMITED = 0x87, 2  # of a tag: the wire type, and whether it goes on in another byte
+
+
+class Undecodable(Exception):
+    """Bytes that are not the message that is due. A call that ends with it ends with INVALID_ARGUMENT."""
 
 
 class Laden(NamedTuple):
@@ -158,9 +166,50 @@ def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHan
     found = {}
     for method in service.methods:
         make = getattr(grpc, f"{_shape(method)}_rpc_method_handler")
-        behaviour = getattr(servicer, _snake(method.name))
-        found[method.name] = make(behaviour, _parser(method.input_type), _serializer(method.output_type))
+        behaviour = _reading(getattr(servicer, _snake(method.name)), method)
+        found[method.name] = make(behaviour, None, _serializer(method.output_type))
     return grpc.method_handlers_generic_handler(service.full_name, found)
+
+
+def _reading(behaviour: Callable[..., Any], method: MethodDescriptor) -> Callable[..., Any]:
+    """The behaviour, given messages for bytes: where gRPC parses, it answers UNKNOWN and logs where it failed."""
+    parse = _parser(method.input_type)
+    if parse is None:
+        return behaviour
+
+    def read(raw: Any) -> Any:
+        return _each(parse, raw) if method.client_streaming else _parsed(parse, raw)
+
+    async def stream(raw: Any, context: Any) -> AsyncIterator[Any]:
+        async with _telling(context), contextlib.aclosing(behaviour(read(raw), context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def call(raw: Any, context: Any) -> Any:
+        async with _telling(context):
+            return await behaviour(read(raw), context)
+
+    return stream if inspect.isasyncgenfunction(behaviour) else call
+
+
+async def _each(parse: Callable[[bytes], Any], raw: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for one in raw:
+        yield _parsed(parse, one)
+
+
+def _parsed(parse: Callable[[bytes], Any], raw: bytes) -> Any:
+    try:
+        return parse(raw)
+    except DecodeError:
+        raise Undecodable("these bytes are not the message that is due here") from None
+
+
+@contextlib.asynccontextmanager
+async def _telling(context: Any) -> AsyncIterator[None]:
+    try:
+        yield
+    except Undecodable as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
 
 def shown(text: str) -> str:

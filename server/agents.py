@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
-from fedkit.protos.wire import PROTOCOL, SESSION_KEY, Laden, unframe
+from fedkit.protos.wire import PROTOCOL, SESSION_KEY, Laden, Undecodable, unframe
 from fedkit.rounds.checks import MAX_EXAMPLES
 from fedkit.server.attendance import Attendance, Session
 from fedkit.server.errands import Errand, feed, require_examples
@@ -105,7 +105,7 @@ class AgentService:
     async def _admit(self, requests: AsyncIterator[Laden], known: Holder | None) -> tuple[Session, list[str]]:
         try:
             first = await asyncio.wait_for(anext(requests), _HELLO_S)
-        except (TimeoutError, StopAsyncIteration):
+        except (TimeoutError, StopAsyncIteration, Undecodable):
             raise _Unwelcome(pb.Goodbye.MALFORMED, "the first message must be Hello, at once") from None
         hello = _checked_hello(first.message)
         name = hello.client if known is None else known.name  # with TLS, the certificate's name alone counts
@@ -179,6 +179,8 @@ class AgentService:
                 self._dispatch(session, message, payload)
         except grpc.RpcError:
             pass  # the stream broke; its end is the same as if the agent had closed it
+        except Undecodable as error:
+            session.end(pb.ToAgent(goodbye=pb.Goodbye(reason=pb.Goodbye.MALFORMED, detail=str(error))))
         finally:
             session.end()
 
