@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkit import spool as spools
+from fedkit.history import History
 from fedkit.packing import parts, unpack
 from fedkit.rounds.journal import BestRound, Commit, Entry, OpenRound, RoundRecord, Started
 from fedkit.server.answers import Answers, Reopen
@@ -38,7 +39,8 @@ class SqliteJournal:
     are written together with the next fact. `spool` is the folder of the run's spool files: an update in it is kept by
     its name and read again by `reopen`, which gets the names and lengths (in elements) of the extras behind the model;
     `remove` is given each file that is not needed any more (None: it is unlinked).
-    Models and strategy states of at most `inline_bytes` lie in the database. Raises `StorageError` where the disk does
+    Models and strategy states of at most `inline_bytes` lie in the database. Each commit that stands goes into `lines`
+    too, which has all of them once `catch_up` was called. Raises `StorageError` where the disk does
     not do its part; what was to be written is then not there at all.
     """
 
@@ -52,6 +54,7 @@ class SqliteJournal:
         *,
         remove: Callable[[Path], None] | None = None,
         inline_bytes: int = INLINE_BYTES,
+        lines: History | None = None,
     ) -> None:
         self._database = database
         self._blobs = blobs
@@ -66,6 +69,7 @@ class SqliteJournal:
         self._is_read = False
         self._history = self._records("committed")
         self._attempts = self._records("abandoned")
+        self._lines = lines
         self._read_open()
         self._answers = Answers(database, self._position, spool, remove)
 
@@ -227,6 +231,20 @@ class SqliteJournal:
             self._stands(commit)
             self._models.sweep_files()
         self._answers.forget(files)
+        if self._lines is not None:
+            settled = list(commit.accepted), list(commit.dropped)
+            self._lines.append(_line(record_to_json(commit.record), commit.model.digest, settled))
+
+    def catch_up(self) -> None:
+        """Writes lines of history that a crash has kept from being written."""
+        if self._lines is None:
+            return
+        sql = "SELECT record, model FROM rounds WHERE run = ? AND state = 'committed' ORDER BY position"
+        lines = [_line(*row) for row in self._database.rows(sql, (self._run,))]
+        row = self._database.row("SELECT accepted, dropped FROM standing WHERE run = ?", (self._run,))
+        if row is not None:
+            lines[-1] |= {"accepted": json.loads(row[0]), "dropped": json.loads(row[1])}
+        self._lines.catch_up(lines)
 
     def _put_state(self, pieces: Sequence[bytes | memoryview]) -> tuple[bytes | None, str | None]:
         """The strategy's state as it goes into the row: itself, or the digest of its file."""
@@ -285,3 +303,8 @@ class SqliteJournal:
         self._attempts.append(record)
         self._open, self._position = None, None
         self._answers.forget(files)
+
+
+def _line(record: str, model: str, settled: tuple[list[str] | None, list[str] | None] = (None, None)) -> dict[str, Any]:
+    """A commit as a line of history; of older ones nobody knows which results they settled."""
+    return {**json.loads(record), "model": model, "accepted": settled[0], "dropped": settled[1]}

@@ -16,6 +16,7 @@ import structlog
 from fedkit import packing, registry
 from fedkit.config import parse
 from fedkit.errors import FedkitError, Reason, RunError, StorageError
+from fedkit.history import History
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome, Plan, conduct
 from fedkit.rounds.journal import RoundRecord
@@ -139,12 +140,14 @@ class Runs:
 
     def _journal(self, stored: StoredRun, remove: Callable[[Path], None] | None = None) -> SqliteJournal:
         spool = self._folder / "spool" / stored.id
-        return SqliteJournal(self._database, self._blobs, stored.name, spool=spool, remove=remove)
+        lines = History(self._folder / "history" / f"{stored.id}.jsonl")
+        return SqliteJournal(self._database, self._blobs, stored.name, spool=spool, remove=remove, lines=lines)
 
     async def _conduct(self, live: _Live, plan: Plan) -> None:
         with structlog.contextvars.bound_contextvars(run=plan.name):
             self._database.set_run_state(live.name, "running")
             try:
+                live.journal.catch_up()
                 outcome = await conduct(plan, live.transport, live.journal)
             except asyncio.CancelledError:
                 if not live.cancelled:

@@ -141,6 +141,24 @@ def models(
 
 
 @app.command()
+def history(
+    path: Annotated[Path, typer.Argument(metavar="RUN.jsonl", help="From history/ in a coordinator's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Check a run's history: rounds follow one another, and no result stands in two of them."""
+    from fedkit import history
+    from fedkit.cli import show
+
+    with edge():
+        found = history.check(path)
+        if as_json:
+            show.print_json(dataclasses.asdict(found))
+        else:
+            text = f"{path}: {found.rounds} rounds, {found.accepted} results, each in one of them; model {found.model}"
+            show.console.print(text, highlight=False, markup=False)
+
+
+@app.command()
 def server(
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0: any.")] = None,
     state: Annotated[Path | None, typer.Option(help="The folder that survives: runs, models, clients.")] = None,
