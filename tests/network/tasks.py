@@ -84,3 +84,20 @@ def _failing(model: nn.Module, batch: object) -> torch.Tensor:
 
 
 canaries_in_step = toy_task(name="canaries_in_step", data=_canaries, loss=None, step=_failing, metrics={})
+
+
+class Flat(nn.Module):
+    """One parameter of 3 million bytes: three pieces on the wire, and a file of its own at the coordinator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.arange(1000.0).repeat(750))
+
+
+# As `counting`; what a client adds depends on its name.
+large = fedkit.Task(
+    name="large",
+    model=Flat,
+    data=lambda client: fedkit.Data((torch.full((len(client), 1), 1.0), torch.ones(len(client), 1))),
+    train=lambda model, batches, site: _counting(model, batches, site) * len(site.client),
+)

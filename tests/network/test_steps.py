@@ -1,0 +1,78 @@
+"""kill -9 at each named step: the run goes on by itself, not a bit differs, and nothing stored is worked out again."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fedkit
+from bench.faults import stored
+from fedkit.strategies import FedAvg
+from tests.network import steps, tasks
+from tests.network.gates import eventually, here
+from tests.network.hatchery import Hatched
+from tests.network.recomputed import require_recomputed
+
+CLIENTS = ("ada", "bea")
+SEED = 3
+STRATEGY = FedAvg(rounds=2, local=fedkit.Fit(steps=1))
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hatched]:
+    folder = tmp_path_factory.mktemp("steps")
+    (folder / "archive").mkdir()
+    environment = {steps.ARCHIVE: str(folder / "archive")}
+    with Hatched(folder, ["tests.network.tasks:large"], CLIENTS, rejoin_s=60.0, environment=environment) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected() -> fedkit.Weights:
+    return fedkit.simulate(tasks.large, STRATEGY, clients=CLIENTS, seed=SEED, threads=1, progress=False).weights
+
+
+class Run(threading.Thread):
+    """A run that a user waits for."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(daemon=True)
+        self._address = address
+        self.result: fedkit.Result | None = None
+        self.start()
+
+    def run(self) -> None:
+        with fedkit.connect(self._address) as coordinator:
+            self.result = coordinator.run(tasks.large, STRATEGY, seed=SEED, min_clients=len(CLIENTS), progress=False)
+
+
+@pytest.mark.parametrize("step", steps.STEPS)
+def test_a_process_that_is_killed_at_a_named_step_costs_no_bit(
+    federation: Hatched, expected: fedkit.Weights, step: str
+) -> None:
+    victim = step.partition(":")[0]
+    federation.kill(victim)
+    federation.due[victim] = step
+    federation._restart(victim)
+    federation.wait_for_server()
+    here(federation, *CLIENTS)
+    run = Run(federation.address)
+    assert federation.processes[victim].wait(30) == -signal.SIGKILL
+    federation._restart(victim)
+    run.join(60)
+    assert run.result is not None
+    assert run.result.weights == expected
+    assert [record.refusals for record in run.result.history] == [()] * STRATEGY.rounds
+    newest = max((federation.folder / "server" / "history").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert require_recomputed(newest, federation.folder / "archive", tasks.large, SEED) == expected
+    assert set(stored(federation.folder).values()) == {1}
+    eventually(lambda: leftovers(federation) == [], "no result is left in an outbox")
+
+
+def leftovers(federation: Hatched) -> list[Path]:
+    """Payloads that an agent still keeps."""
+    return [path for path in (federation.folder / "clients").glob("*/outbox/*") if len(path.name) == 32]
