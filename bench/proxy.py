@@ -22,8 +22,9 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: what is on its way is lost, as wh
 class Proxy:
     """Forwards every connection to `target` (host:port) from its entry to its exit.
 
-    `count` holds the bytes forwarded so far, `cuts` how often all connections were cut. `delay_s` is waited before each
-    piece of at most 64 KiB; with `silent`, nothing goes through and nobody is told.
+    `count` holds the bytes forwarded so far, `cuts` how often all connections were cut, `swallowed` how many of them
+    have become black holes. `delay_s` is waited before each piece of at most 64 KiB; with `silent`, nothing goes
+    through and nobody is told.
     """
 
     def __init__(self, target: str) -> None:
@@ -32,7 +33,9 @@ class Proxy:
         self.count: dict[Side, int] = {"up": 0, "down": 0}
         self.cuts = 0
         self.delay_s = 0.0
+        self.swallowed = 0
         self._due: dict[Side, list[int]] = {"up": [], "down": []}
+        self._holes: dict[Side, list[int]] = {"up": [], "down": []}
         self._open: dict[asyncio.Task[None], tuple[socket.socket, socket.socket]] = {}
         self._loop = asyncio.new_event_loop()
         self._audible = asyncio.Event()
@@ -60,6 +63,11 @@ class Proxy:
         """Breaks all connections when so many more bytes have gone that way, once for each of the rising positions."""
         start = self.count[side]
         self._due[side] = [start + position for position in positions]
+
+    def swallow_at(self, side: Side, positions: Sequence[int]) -> None:
+        """As `cut_at`, but the connection stays open and swallows both ways whatever is sent; new ones are good."""
+        start = self.count[side]
+        self._holes[side] = [start + position for position in positions]
 
     def silence(self, silent: bool) -> None:
         """Lets nothing through any more, or everything again."""
@@ -94,13 +102,13 @@ class Proxy:
             return
         for end in (near, far):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        task = self._loop.create_task(self._forward(near, far))
+        task = self._loop.create_task(self._forward(near, far, asyncio.Event()))
         self._open[task] = near, far
 
-    async def _forward(self, near: socket.socket, far: socket.socket) -> None:
+    async def _forward(self, near: socket.socket, far: socket.socket, hole: asyncio.Event) -> None:
         pumps = [
-            asyncio.ensure_future(self._pump(near, far, "up")),
-            asyncio.ensure_future(self._pump(far, near, "down")),
+            asyncio.ensure_future(self._pump(near, far, "up", hole)),
+            asyncio.ensure_future(self._pump(far, near, "down", hole)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -113,12 +121,14 @@ class Proxy:
             for end in self._open.pop(task):
                 end.close()
 
-    async def _pump(self, source: socket.socket, sink: socket.socket, side: Side) -> None:
+    async def _pump(self, source: socket.socket, sink: socket.socket, side: Side, hole: asyncio.Event) -> None:
         while True:
             with contextlib.suppress(ConnectionError):
                 piece = await self._loop.sock_recv(source, _PIECE)
                 await asyncio.sleep(self.delay_s)
                 await self._audible.wait()
+                if piece and self._swallows(side, piece, hole):
+                    continue
                 piece, is_last = self._until_cut(side, piece)
                 await self._loop.sock_sendall(sink, piece)
                 self.count[side] += len(piece)
@@ -127,6 +137,14 @@ class Proxy:
                 if piece and not is_last:
                     continue
             return
+
+    def _swallows(self, side: Side, piece: bytes, hole: asyncio.Event) -> bool:
+        due = self._holes[side]
+        if due and not hole.is_set() and self.count[side] + len(piece) > due[0]:
+            due.pop(0)
+            hole.set()
+            self.swallowed += 1
+        return hole.is_set()
 
     def _until_cut(self, side: Side, piece: bytes) -> tuple[bytes, bool]:
         due = self._due[side]

@@ -1,0 +1,93 @@
+"""A run ends with the same bits over every bad line: reset, cut after N bytes each way, delayed, and a black hole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import fedkit
+from bench.faults import stored
+from bench.processes import free_port
+from bench.proxy import Proxy, Side
+from tests.network import steps, tasks
+from tests.network.gates import here
+from tests.network.hatchery import Hatched
+from tests.network.recomputed import require_recomputed
+from tests.network.test_steps import SEED, STRATEGY
+
+CLIENTS = ("ada", "bea")
+MODEL = 3_000_000  # bytes; two of them and some go each way in a round
+# In the middle of what HTTP/2 says first, of hello, of a frame, of a piece, just before and after the end of a piece
+CUTS = [1, 30, 200, 1_000, 9_999, 1 << 16, 400_000, 1 << 20, (1 << 20) + 100, 2_000_000, MODEL, 5_000_000, 2 * MODEL]
+
+
+class Proxied(Hatched):
+    """A federation whose agents reach their coordinator over a bad line only."""
+
+    line: Proxy
+
+    def start_client(self, name: str) -> None:
+        port, self.port = self.port, int(self.line.address.rpartition(":")[2])
+        super().start_client(name)
+        self.port = port
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
+    folder = tmp_path_factory.mktemp("line")
+    (folder / "archive").mkdir()
+    environment = {steps.ARCHIVE: str(folder / "archive")}
+    times = {"heartbeat_s": 0.5, "rejoin_s": 60.0}
+    known = ["tests.network.tasks:large"]
+    running = Proxied(folder, known, CLIENTS, port=free_port(), environment=environment, **times)
+    with Proxy(running.address) as running.line, running:
+        here(running, *CLIENTS)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected() -> fedkit.Weights:
+    return fedkit.simulate(tasks.large, STRATEGY, clients=CLIENTS, seed=SEED, threads=1, progress=False).weights
+
+
+def require_the_same(federation: Proxied, expected: fedkit.Weights) -> None:
+    """A run over the line as it is now gives the same bits, takes each result once and works nothing out again."""
+    with fedkit.connect(federation.address) as coordinator:
+        result = coordinator.run(tasks.large, STRATEGY, seed=SEED, min_clients=len(CLIENTS), progress=False)
+    assert result.weights == expected
+    assert [record.refusals for record in result.history] == [()] * STRATEGY.rounds
+    newest = max((federation.folder / "server" / "history").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert require_recomputed(newest, federation.folder / "archive", tasks.large, SEED) == expected
+    assert set(stored(federation.folder).values()) == {1}
+
+
+@pytest.mark.parametrize("side", ["up", "down"])
+def test_a_line_that_is_reset_after_so_many_bytes_changes_no_bit(
+    federation: Proxied, expected: fedkit.Weights, side: Side
+) -> None:
+    before = federation.line.cuts
+    federation.line.cut_at(side, CUTS)
+    require_the_same(federation, expected)
+    assert federation.line.cuts - before >= len(CUTS) - 1  # two that are close may be one
+
+
+@pytest.mark.parametrize("side", ["up", "down"])
+def test_a_line_that_becomes_a_black_hole_after_so_many_bytes_changes_no_bit(
+    federation: Proxied, expected: fedkit.Weights, side: Side
+) -> None:
+    before = federation.line.swallowed
+    federation.line.swallow_at(side, [20, 500_000, 4_000_000])
+    require_the_same(federation, expected)
+    assert federation.line.swallowed - before == 3
+
+
+def test_a_line_that_delays_everything_changes_no_bit(federation: Proxied, expected: fedkit.Weights) -> None:
+    federation.line.delay_s = 0.01
+    require_the_same(federation, expected)
+    federation.line.delay_s = 0.0
+
+
+def test_a_line_that_is_reset_while_nobody_works_is_there_again(federation: Proxied, expected: fedkit.Weights) -> None:
+    federation.line.cut()
+    require_the_same(federation, expected)
