@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import itertools
+import pkgutil
 import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +15,15 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 
 import fedkit
+from fedkit import protos
 from fedkit.errors import Reason
 from fedkit.protos import agents_pb2 as pb
-from fedkit.protos import operators_pb2
 from fedkit.protos.wire import SESSION_KEY
 from fedkit.server.process import CoordinatorSettings
 from fedkit.strategies import FedAvg
+from fedkit.trust.authority import Authority
+from fedkit.trust.certificates import Role
+from fedkit.trust.identity import Identity
 from tests.network import tasks
 from tests.network.inside import Inside, free_port
 from tests.network.scripted import Agent, Answer, Talk, honest
@@ -28,23 +34,35 @@ HONEST = ("ada", "bea")
 MAL = "mal"
 METHODS: dict[str, MethodDescriptor] = {
     f"{service.name}.{method.name}": method
-    for module in (pb, operators_pb2)
+    for module in (
+        importlib.import_module(f"fedkit.protos.{one.name}") for one in pkgutil.iter_modules(protos.__path__)
+    )
+    if module.__name__.endswith("_pb2")
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
 
 
 class Place(Inside):
-    """A coordinator with the event loop in which the scripted agents live too."""
+    """A coordinator with the event loop in which the scripted agents live too; with `tls`, all have identities."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tls: bool = False) -> None:
         self.folder = folder
         self.metrics = f"127.0.0.1:{free_port()}"
+        self.enrolment = f"127.0.0.1:{free_port()}" if tls else None
+        self.identities: dict[str, Identity] = {}
         self._numbers = itertools.count()
-        settings = CoordinatorSettings(
-            listen=f"127.0.0.1:{free_port()}", state=folder, metrics=self.metrics, heartbeat_s=5.0, rejoin_s=0.1
-        )
+        given: dict[str, Any] = {"state": folder, "metrics": self.metrics, "heartbeat_s": 5.0, "rejoin_s": 0.1}
+        if tls:
+            given |= {"authority": self._authority(folder / "authority"), "enrolment": self.enrolment}
+        settings = CoordinatorSettings(listen=f"127.0.0.1:{free_port()}", **given)
         super().__init__(settings, {"plain": tasks.plain})
+
+    def _authority(self, folder: Path) -> Path:
+        with contextlib.closing(Authority.create(folder, "hospitals")) as authority:
+            self.identities = {name: authority.identity(Role.AGENT, name) for name in (*HONEST, MAL)}
+            self.identities["operator"] = authority.identity(Role.OPERATOR, "operator")
+        return folder
 
     def run(
         self,
@@ -63,7 +81,7 @@ class Place(Inside):
         agents = [self.do(self.joined(name, answer, **(own if name == MAL else {}))) for name, answer in chosen.items()]
         try:
             strategy = FedAvg(rounds=rounds, participation=fedkit.Participation(**participation))
-            with fedkit.connect(self.address) as coordinator:
+            with fedkit.connect(self.address, self.identities.get("operator")) as coordinator:
                 name = f"run-{next(self._numbers)}"  # names by chance would meet one day
                 return coordinator.run(tasks.plain, strategy, name=name, seed=7, min_clients=2, progress=False)
         finally:
@@ -71,7 +89,7 @@ class Place(Inside):
                 self.do(agent.stop())
 
     async def joined(self, name: str, answer: Answer, **talk: Any) -> Agent:
-        return await Agent(self.address, name, answer, **talk).start()
+        return await Agent(self.address, name, answer, identity=self.identities.get(name), **talk).start()
 
     def counted(self, name: str, **labels: str) -> float:
         """The value of one of the coordinator's counters."""

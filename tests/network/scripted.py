@@ -15,9 +15,11 @@ from blake3 import blake3
 
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
+from fedkit.protos.channels import aio_channel
 from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, SESSION_KEY, Calls, Laden, frame, load, unframe
 from fedkit.rng import generator
 from fedkit.spool import payload_digest
+from fedkit.trust.identity import Identity
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Agents"]
 OPTIONS = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
@@ -49,11 +51,13 @@ class Hand:
 class Talk:
     """One connection to the coordinator, from hello to its end. With `raw`, bytes may be written to `stream` too."""
 
-    def __init__(self, address: str, name: str, *, raw: bool = False, **hello: Any) -> None:
+    def __init__(
+        self, address: str, name: str, *, raw: bool = False, identity: Identity | None = None, **hello: Any
+    ) -> None:
         self.name = name
         self._said = {"protocol": PROTOCOL, "client": name, "instance": secrets.token_bytes(16), "software": "by hand"}
         self._said |= {"tasks": ["plain"], "max_examples": 1000, **hello}
-        self.channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self.channel = aio_channel(address, identity, OPTIONS)
         self.calls = Calls(self.channel, SERVICE)
         self.stream = _raw_attend(self.channel)() if raw else self.calls.attend()
         self.welcome = pb.Welcome()
