@@ -48,6 +48,21 @@ def configure(form: LogFormat = "auto", level: str = "info") -> None:
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    if not any(isinstance(handler, _Libraries) for handler in logging.getLogger().handlers):
+        logging.getLogger().addHandler(_Libraries(logging.WARNING))
+
+
+class _Libraries(logging.Handler):
+    """What libraries log, as events: without arguments and tracebacks, which may hold data.
+
+    Nor could a coordinator survive to format some tracebacks of gRPC's: CPython 3.11 was seen to end at that.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One event for one record."""
+        error = record.exc_info[1] if record.exc_info else None
+        about = {} if error is None else {"error": type(error).__name__}
+        structlog.get_logger(record.name).warning("library", library=record.name, said=str(record.msg)[:200], **about)
 
 
 def keep(audit: AuditLog) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -10,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-__all__ = ["fast_loop", "on_stop", "tune_malloc"]
+__all__ = ["fast_loop", "on_stop", "open_many_files", "tune_malloc"]
 
 # The numbers of glibc's malloc.h. Chunks of a model then come from memory that is already there: with the defaults each
 # one of 128 KiB and more is mapped, touched for the first time, and unmapped.
@@ -31,6 +32,16 @@ def tune_malloc(*, greedy: bool = False) -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     return all(libc.mallopt(setting, value) for setting, value in (_GREEDY if greedy else _SETTINGS).items())
+
+
+def open_many_files() -> int:
+    """As many files and connections as this process may ever have, where it may have only some at first; how many."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems say "unlimited" and mean less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def fast_loop() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -22,6 +22,7 @@ __all__ = [
     "RESUMED_BYTES",
     "SERVER_OPTIONS",
     "SESSION_KEY",
+    "STRANGERS_OPTIONS",
     "Calls",
     "Laden",
     "Undecodable",
@@ -46,6 +47,18 @@ SERVER_OPTIONS = [
     ("grpc.http2.lookahead_bytes", 2 << 20),
     _FRAME,
     ("grpc.so_reuseport", 0),  # a second coordinator on the same port is an error, not a lottery
+    ("grpc.server_handshake_timeout_ms", 10_000),  # for which somebody who says nothing more costs 45 KB
+]
+STRANGERS_OPTIONS = [  # of a port that takes calls without a certificate, and one short one from each
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 10_000),
+    ("grpc.max_connection_age_ms", 60_000),
+    ("grpc.max_connection_age_grace_ms", 10_000),
+    ("grpc.max_concurrent_streams", 4),
+    ("grpc.max_receive_message_length", 1 << 16),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 16),
 ]
 CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),

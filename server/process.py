@@ -18,7 +18,7 @@ from fedkit.audit import AuditLog
 from fedkit.config import Settings
 from fedkit.errors import ConfigError
 from fedkit.logs import keep
-from fedkit.process import fast_loop, on_stop, tune_malloc
+from fedkit.process import fast_loop, on_stop, open_many_files, tune_malloc
 from fedkit.protos import agents_pb2, operators_pb2
 from fedkit.protos.wire import SERVER_OPTIONS, handlers
 from fedkit.rounds.checks import MAX_EXAMPLES
@@ -183,6 +183,7 @@ class Coordinator:
 def coordinate(settings: CoordinatorSettings, tasks: Mapping[str, Task], *, tethered: bool = False) -> None:
     """Runs a coordinator until it is told to end, or, `tethered`, until standard input does; raises `ConfigError`."""
     tune_malloc()
+    open_many_files()
     with asyncio.Runner(loop_factory=fast_loop()) as runner:
         runner.run(_coordinate(settings, tasks, tethered))
 

@@ -14,7 +14,7 @@ import structlog
 from fedkit.address import parts
 from fedkit.errors import ConfigError, StorageError
 from fedkit.protos import identities_pb2
-from fedkit.protos.wire import SERVER_OPTIONS, handlers
+from fedkit.protos.wire import STRANGERS_OPTIONS, handlers
 from fedkit.server.guard import Guard
 from fedkit.server.identities import EnrolmentService, IdentityService
 from fedkit.trust.authority import Authority
@@ -62,7 +62,7 @@ class Trust:
 
     async def open_enrolment(self, address: str) -> int:
         """Listens for those who have a token and no certificate yet; the port."""
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = grpc.aio.server(options=STRANGERS_OPTIONS)
         service = identities_pb2.DESCRIPTOR.services_by_name["Enrolment"]
         server.add_generic_rpc_handlers((handlers(service, EnrolmentService(self._authority)),))
         port = listen(server, address, self.credentials(mutual=False))
