@@ -1,7 +1,7 @@
 # make demo   install into .venv, train across four hospitals, compare strategies, export ONNX
 # make test   everything CI holds: format, lint, types, layers, tests with coverage
 # make sbom   what a deployment consists of, as CycloneDX JSON (make test writes it too)
-# make faults kill and cut a running federation at random and count what was lost
+# make faults kill, cut, misuse and flood a running federation, and count what was lost
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,6 +57,7 @@ protos: $(VENV)/dev
 
 faults: $(VENV)/dev
 	$(BIN)/python bench/faults.py
+	$(BIN)/python bench/floods.py
 
 $(VENV)-pfl/ready: Makefile
 	$(PYTHON) -m venv $(VENV)-pfl
@@ -74,6 +75,7 @@ PEERS := --pfl $(VENV)-pfl/bin/python --peers $(VENV)-peers/bin/python
 
 bench: $(VENV)/dev $(VENV)-pfl/ready $(VENV)-peers/ready
 	$(BIN)/python bench/run.py $(PEERS)
+	$(BIN)/python bench/idle_agents.py
 
 figures: $(VENV)/dev $(VENV)-pfl/ready $(VENV)-peers/ready
 	$(BIN)/python bench/figures.py $(PEERS)
