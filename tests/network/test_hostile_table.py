@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,18 +41,19 @@ class Bad:
         self.acts = 0
         self._ways = itertools.cycle(bad.ways)
         self._asked_of_another: asyncio.Queue[str] = asyncio.Queue()
-        self._done = asyncio.Event()
+        self._done: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)  # by round
 
     @property
     def answers(self) -> list[tuple[str, Answer]]:
-        """The bad client, and the other one whose assignment it answers."""
+        """The bad client, and another one that keeps the round open, or whose assignment it answers."""
         mine = trains(self._act) if self.bad.reason else trains(self._act, otherwise=honest)
-        return [(MAL, mine), *([(HONEST[0], self._other)] if self.bad.is_another_clients else [])]
+        holds = self.bad.is_another_clients or "pause" in SCRIPTS[self.bad.when]
+        return [(MAL, mine), *([(HONEST[0], self._other)] if holds else [])]
 
     async def _other(self, talk: Talk, asked: pb.Assignment) -> None:
-        if asked.WhichOneof("work") == "fit" and not self._done.is_set():
+        if asked.WhichOneof("work") == "fit" and (asked.round == 1 or self.bad.reason != Reason.LOST):
             self._asked_of_another.put_nowait(asked.id)
-            await asyncio.wait_for(self._done.wait(), PATIENCE_S)
+            await asyncio.wait_for(self._done[asked.round].wait(), PATIENCE_S)
         await honest(talk, asked)
 
     async def _act(self, talk: Talk, asked: pb.Assignment) -> None:
@@ -59,6 +61,7 @@ class Bad:
         way = next(self._ways)
         for step in SCRIPTS[self.bad.when]:
             await getattr(self, f"_{step}")(talk, hand, asked.round, way)
+        self._done[asked.round].set()
 
     # -- steps of a script ---------------------------------------------------------------------------------------------
 
@@ -71,8 +74,8 @@ class Bad:
         for each in self.bad.ways if leaves else [way]:
             await self._hand_in(talk, self.bad.spoil(copy.deepcopy(hand), key), each, told or self.bad.told)
             self.acts += 1
-        self._done.set()
         if leaves:
+            self._done[round].set()
             await talk.say(leaving=pb.Leaving())
 
     async def _spoilt(self, talk: Talk, hand: Hand, round: int, way: str) -> None:
@@ -80,6 +83,10 @@ class Bad:
 
     async def _better(self, talk: Talk, hand: Hand, round: int, way: str) -> None:
         await self._hand_in(talk, hand, way, self.bad.told)
+
+    async def _pause(self, talk: Talk, hand: Hand, round: int, way: str) -> None:
+        """The coordinator has done with the first answer; the round is still open, because another client waits."""
+        await asyncio.sleep(0.05)
 
     async def _closed(self, talk: Talk, hand: Hand, round: int, way: str) -> None:
         while hand.announcement.assignment_id not in talk.dropped:
@@ -109,8 +116,8 @@ class Bad:
 SCRIPTS = {
     "honestly": ["honest"],
     "at once": ["bad"],
-    "again": ["honest", "bad"],
-    "after a bad one": ["spoilt", "better"],
+    "again": ["honest", "pause", "bad"],
+    "after a bad one": ["spoilt", "pause", "better"],
     "in the next round": ["that_of_the_last_round", "honest"],
     "in the next run": ["that_of_the_last_run", "honest"],
     "after a restart": ["that_of_the_last_run", "honest"],

@@ -20,7 +20,7 @@ from fedkit.server.attendance import Attendance, Away, Session
 from fedkit.server.errands import Errand, Published
 from fedkit.spool import Room, Spares
 from fedkit.weights import Entry, Manifest, Weights
-from fedkit.work import Fit, MetricSums
+from fedkit.work import Fit, MetricSums, Update
 
 LONG = 3600.0  # a moment that does not pass while a test runs
 SHORT = 0.02
@@ -470,3 +470,33 @@ async def test_a_model_above_one_mib_never_comes_along(tmp_path: Path) -> None:
 @in_a_loop
 async def test_a_model_without_values_does_not_come_along(tmp_path: Path) -> None:
     assert await brought(tmp_path, session(), parcel(1.0, size=0)) == (b"", "")
+
+
+@in_a_loop
+async def test_an_assignment_that_is_answered_takes_no_second_answer_into_the_file_of_the_first(tmp_path: Path) -> None:
+    asked = errand(tmp_path)
+    model = PARCEL.model
+    first, second = (
+        model.with_vector(np.full(model.vector.size, 1.0)),
+        model.with_vector(np.full(model.vector.size, 2.0)),
+    )
+
+    def taken(weights: Weights) -> Update:
+        raw = weights.vector.tobytes()
+        digest = bytes.fromhex(weights.digest)
+        announced = pb.Announcement(assignment_id="0" * 32, examples=1, payload_bytes=len(raw), digest=digest)
+        return asked.take_whole(announced, memoryview(raw), 10)
+
+    answer = taken(first)
+    asked.settle(answer)
+    with pytest.raises(Refused, match="duplicate"):
+        taken(second)
+    assert answer.weights.vector.tolist() == first.vector.tolist()
+
+
+@in_a_loop
+async def test_an_assignment_whose_answer_was_refused_takes_no_better_one(tmp_path: Path) -> None:
+    asked = errand(tmp_path)
+    asked.settle(Refused(Reason.NOT_FINITE))
+    with pytest.raises(Refused, match="late"):
+        asked.receive(pb.Announcement(assignment_id="0" * 32, examples=1), 10)
