@@ -96,7 +96,8 @@ def _wishes(file: RunFile, strategy: Strategy, task: Task | None, aggregation: s
     if "start" in strategy.uses:
         yield Wish(*about, local, "update", aggregation, 1)
     if "hop" in strategy.uses:
-        yield Wish(*about, local, "weights", aggregation, 1)
+        gate = getattr(strategy, "gate", None)
+        yield Wish(*about, local if gate is None else local.replace(gate=gate), "weights", aggregation, 1)
     if file.evaluate is not None:
         yield Wish(*about, Evaluate(), "sums", aggregation, clients)
     yield Wish(*about, Evaluate(split="test"), "sums", aggregation, clients)
@@ -106,7 +107,8 @@ def _words(work: Work) -> str:
     if isinstance(work, Fit):
         much = f"{work.steps} steps" if work.steps is not None else f"{work.epochs} passes"
         rate = "the task's own rate" if work.lr is None else f"learning rate {work.lr:g}"
-        return f"{much} in batches of {work.batch_size}, {rate}"
+        judged = "" if work.gate is None else ", after judging the hop before"
+        return f"{much} in batches of {work.batch_size}, {rate}{judged}"
     if isinstance(work, Gradient):
         return f"one gradient of {work.batch_size} rows"
     if isinstance(work, Evaluate):
