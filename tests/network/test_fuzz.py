@@ -22,6 +22,8 @@ from structlog.testing import capture_logs
 import fedkit
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.wire import PROTOCOL, frame
+from fedkit.server.guard import _ROLES
+from fedkit.trust.certificates import Role
 from fedkit.trust.identity import Identity
 from tests.network.place import HONEST, MAL, METHODS, Place, ended, trains
 from tests.network.scripted import Answer, Talk, honest, update
@@ -144,9 +146,9 @@ class Caller:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._channels = contextlib.ExitStack()
-        mine = {"Agents": MAL, "Identities": MAL, "Operators": "operator"}
+        mine = {service: MAL if Role.AGENT in roles else "operator" for service, roles in _ROLES.items()}
         self._by_service = {name: self._dialled(place.address, place.identities[who]) for name, who in mine.items()}
-        self._by_service["Enrolment"] = self._dialled(place.enrolment or "", None)
+        self._by_service["fedkit.v1.Enrolment"] = self._dialled(place.enrolment or "", None)
         self._agent = place.do(place.joined(MAL, honest))
 
     def _dialled(self, address: str, identity: Identity | None) -> grpc.Channel:
@@ -157,7 +159,7 @@ class Caller:
 
     def ended(self, method: MethodDescriptor, requests: list[bytes]) -> tuple[grpc.StatusCode, str]:
         """How a call of these messages ends."""
-        channel = self._by_service[method.containing_service.name]
+        channel = self._by_service[method.containing_service.full_name]
         return ended(channel, method, requests, self._agent.talk.welcome.session, SHORT_S)
 
     def close(self) -> None:

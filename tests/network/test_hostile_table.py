@@ -59,9 +59,11 @@ class Bad:
     async def _act(self, talk: Talk, asked: pb.Assignment) -> None:
         hand = self.handed[asked.round] = await update(talk, asked)
         way = next(self._ways)
-        for step in SCRIPTS[self.bad.when]:
-            await getattr(self, f"_{step}")(talk, hand, asked.round, way)
-        self._done[asked.round].set()
+        try:
+            for step in SCRIPTS[self.bad.when]:
+                await getattr(self, f"_{step}")(talk, hand, asked.round, way)
+        finally:
+            self._done[asked.round].set()
 
     # -- steps of a script ---------------------------------------------------------------------------------------------
 
