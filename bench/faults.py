@@ -96,7 +96,7 @@ def survive(folder: Path, strategy: Strategy, kills: int, seed: int) -> Report:
             if not watch.wait_for_more(committed, 90):
                 raise RuntimeError(f"nothing was committed for 90 s after a kill: see {folder / 'logs'}")
             report.resumed_s.append(time.monotonic() - killed)
-        watch.join(120)
+        watch.join(900)  # the rounds that are left
     assert watch.result is not None, "the run did not end"
     return _judge(report, folder, watch, fedkit.simulate(task, strategy, clients=HOSPITALS, seed=seed, threads=1))
 
@@ -189,7 +189,7 @@ def bad_inputs() -> _Tally:
 
 
 STRATEGIES: dict[str, tuple[Strategy, int]] = {  # with the kills that one run of it takes: 200 in all
-    "FedAvg": (FedAvg(rounds=600, local=fedkit.Fit(steps=400, batch_size=4, lr=0.003)), 140),
+    "FedAvg": (FedAvg(rounds=420, local=fedkit.Fit(steps=400, batch_size=4, lr=0.003)), 140),
     "CyclicWeightTransfer": (CyclicWeightTransfer(rounds=120, local=fedkit.Fit(steps=200, batch_size=4, lr=0.001)), 30),
     "Scaffold": (Scaffold(rounds=130, local=fedkit.Fit(steps=300, batch_size=4, lr=0.003)), 30),
 }
