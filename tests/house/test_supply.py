@@ -63,3 +63,12 @@ def test_the_bill_of_materials_lists_what_is_locked_with_its_digests() -> None:
         for one in bill["components"]
     }
     assert listed == locked(ROOT / "locks" / "cpu.lock")
+
+
+def test_every_test_that_the_threat_model_names_is_there() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(tests/[\w/.]+|bench/[\w/.]+|test_\w+)`", text))
+    assert len(named) > 10
+    missing = [one for one in named if not ((ROOT / one).exists() if "/" in one else f"def {one}(" in sources)]
+    assert not missing
