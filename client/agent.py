@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import random
 import secrets
@@ -30,6 +31,7 @@ from fedkit.protos import convert, identities_pb2
 from fedkit.protos.channels import aio_channel, require_reachable
 from fedkit.protos.failures import meant
 from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, Calls
+from fedkit.rounds.assignment import Assignment
 from fedkit.trust.diagnosis import diagnose
 from fedkit.trust.identity import Identity
 from fedkit.weights import Manifest
@@ -293,10 +295,12 @@ class Agent:
 
     async def _work(self, errand: _Errand) -> None:
         message = errand.message
-        self._permits.admit(message, convert.assignment_from_proto(message, self._settings.name))
+        assignment = convert.assignment_from_proto(message, self._settings.name)
+        self._permits.admit(message, assignment)
         async with self._trainers.place() as perform:
             fetched = await self._fetch(errand) if message.model_bytes else None
-            performing = perform(self._job(message, fetched), lambda *steps: self._report(message.id, *steps))
+            job, report = self._job(message, fetched), functools.partial(self._report, message.id)
+            performing = perform(job, report, functools.partial(self._reserve, assignment, message.task))
             outcome = await self._permits.during(performing)
         if "refused" in outcome:
             self._log_failure(message, outcome)
@@ -305,11 +309,24 @@ class Agent:
             text = f"{outcome['examples']} rows, but max_examples is {self._settings.max_examples}: raise it"
             raise Refused(Reason.EXAMPLES, text)
         facts = {name: outcome[name] for name in Stored.__slots__ if name in outcome}
+        is_private = assignment.private is not None
+        if is_private and "manifest" in facts:
+            facts |= {"loss": None, "epsilon": self._permits.cost(assignment, message.task)}
         stored = Stored(**(facts | {"id": message.id, "run": message.run}))
-        self._outbox.put(stored, has_state=outcome["has_state"])
+        self._outbox.put(stored, has_state=outcome["has_state"], durable=is_private)
+        if is_private:
+            self._permits.ledger.close_reservation(message.id)
         asked = {"work": message.WhichOneof("work"), "model": message.model_digest.hex()}
         about = _about(message, self._settings.name)
         log.info("stored", **about, **asked, bytes=stored.payload_bytes, result=stored.digest)
+
+    def _reserve(self, assignment: Assignment, task: str, facts: dict[str, Any]) -> dict[str, Any]:
+        """Nothing where the ledger has it on disk, else why not."""
+        try:
+            self._permits.reserve(assignment, task, facts)
+        except Refused as refused:
+            return {"refused": refused.reason.value, "detail": refused.detail}
+        return {}
 
     def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None) -> Job:
         return Job(

@@ -188,6 +188,7 @@ def _announcement(stored: Stored, at_once: bool) -> pb.Announcement:
         assignment_id=stored.id,
         examples=stored.examples,
         loss=stored.loss,
+        epsilon=stored.epsilon,
         extras=convert.extras_to_proto(stored.extras),
         payload_bytes=stored.payload_bytes,
         digest=bytes.fromhex(stored.digest),

@@ -54,6 +54,7 @@ class Stored:
     extras: dict[str, int] = field(default_factory=dict)
     sums: list[Any] | None = None
     kind: str = ""  # of the sums: "metrics", "integers" or "reals"
+    epsilon: float | None = None  # what the run had cost this client by then, where the work was private
     released: bool = True  # metrics: whether they may be shown apart from the sum over clients
 
     def answer(self) -> MetricSums | Summary:
@@ -133,11 +134,16 @@ class Outbox:
             return self.state_path(row[0])
         return self._standing(run)
 
-    def put(self, stored: Stored, *, has_state: bool) -> None:
-        """Stores a result whose files are in place, with the state it leaves."""
+    def put(self, stored: Stored, *, has_state: bool, durable: bool = False) -> None:
+        """Stores a result whose files are in place, with the state it leaves.
+
+        A `durable` one outlives a power loss as one with state does: what cost privacy must not be worked out again.
+        """
         if has_state:
             _flush(self.path(stored.id), self.state_path(stored.id), self.folder)
-        self._db.execute(f"PRAGMA synchronous={'FULL' if has_state else 'NORMAL'}")
+        elif durable:
+            _flush(self.path(stored.id), self.folder)
+        self._db.execute(f"PRAGMA synchronous={'FULL' if has_state or durable else 'NORMAL'}")
         facts = json.dumps({name: getattr(stored, name) for name in Stored.__slots__})
         self._db.execute(
             "INSERT OR REPLACE INTO results (id, run, facts, has_state) VALUES (?, ?, ?, ?)",

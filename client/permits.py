@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import math
 from collections.abc import Awaitable, Mapping
 from typing import Any, TypeVar
 
+import structlog
 from blake3 import blake3
 
 from fedkit.client.roster import KnownRoster
 from fedkit.client.surroundings import Surroundings, objections_to_moment
 from fedkit.client.visits import Visit, Visits
 from fedkit.policy import Policy, Wish, refuse
+from fedkit.privacy.ledger import Budget, Ledger, Reservation
+from fedkit.privacy.plan import planned
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.convert import vouchers_from_proto
 from fedkit.rounds.assignment import Assignment
 from fedkit.source import source_of
 from fedkit.task import Task
 from fedkit.trust.vouchers import vouched
-from fedkit.work import Evaluate
+from fedkit.work import Evaluate, Steps
 
 __all__ = ["Permits"]
+
+log = structlog.get_logger("fedkit.client")
 
 T = TypeVar("T")
 
@@ -32,9 +38,16 @@ class Permits:
     """What one site lets through, by its policy, the tasks it has, its roster, and what it was asked before."""
 
     def __init__(
-        self, policy: Policy, tasks: Mapping[str, Task], roster: KnownRoster, visits: Visits, surroundings: Surroundings
+        self,
+        policy: Policy,
+        tasks: Mapping[str, Task],
+        roster: KnownRoster,
+        visits: Visits,
+        surroundings: Surroundings,
+        ledger: Ledger,
     ) -> None:
         self.policy = policy
+        self.ledger = ledger
         self._tasks = tasks
         self._sources = {name: source_of(task) for name, task in tasks.items() if name in policy.tasks}
         self._roster = roster
@@ -52,6 +65,7 @@ class Permits:
             returns=assignment.returns,
             aggregation=message.aggregation or "plain",
             cohort=self._cohort(message),
+            private=assignment.private is not None,
         )
         refuse(
             [
@@ -62,6 +76,7 @@ class Permits:
                 *objections_to_moment(policy, self._surroundings),
             ]
         )
+        self._require_budget(message, assignment)
         question = blake3(message.summarize.SerializeToString(deterministic=True)).hexdigest()
         data = policy.data_of(task)
         visit = Visit(assignment.id, assignment.run, assignment.round, wish.kind, data, question)
@@ -78,6 +93,35 @@ class Permits:
         if not isinstance(assignment.work, Evaluate) or task not in self._tasks:
             return []
         return ["loss", *self._tasks[task].metrics]
+
+    def reserve(self, assignment: Assignment, task: str, facts: Mapping[str, Any]) -> None:
+        """Puts what private work may spend on disk, before its first step; raises `Refused`."""
+        private, data = assignment.private, self.policy.data_of(task)
+        assert private is not None  # only private work asks
+        dp, rule = private.dp, self.policy.budgets.get(data)
+        budget = Budget(math.inf, dp.delta) if rule is None else Budget(rule.epsilon, rule.delta)
+        of_run = None if dp.epsilon is None else Budget(dp.epsilon, dp.delta)
+        steps = Steps(**facts["steps"])
+        self.ledger.identify(data, facts["rows"], facts["fingerprint"])
+        wish = Reservation(assignment.id, assignment.run, data, steps, dp.max_grad_norm)
+        self.ledger.reserve(wish, budget, of_run)
+        log.info("privacy reserved", run=assignment.run, assignment=assignment.id, data=data, head=self.ledger.head)
+
+    def cost(self, assignment: Assignment, task: str) -> float:
+        """What the run has cost the task's data so far, an upper bound."""
+        assert assignment.private is not None  # only private work asks
+        account = self.ledger.account(self.policy.data_of(task))
+        return account.spent(assignment.private.dp.delta, run=assignment.run, tight=False).rdp
+
+    def _require_budget(self, message: pb.Assignment, assignment: Assignment) -> None:
+        """Refuses what is beyond the budget before data is touched, where the ledger knows how many rows there are."""
+        account = self.ledger.account(self.policy.data_of(message.task))
+        rule, private, work = self.policy.budgets.get(account.data), assignment.private, assignment.work
+        if private is None or rule is None or not account.rows:
+            return
+        steps = planned(private, work, account.rows).cost
+        wish = Reservation(assignment.id, assignment.run, account.data, steps, private.dp.max_grad_norm)
+        self.ledger.check(wish, Budget(rule.epsilon, rule.delta))
 
     async def during(self, work: Awaitable[T]) -> T:
         """What `work` gives; it is cancelled, and `Refused` raised, once the moment is no longer right for it."""

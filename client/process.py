@@ -58,13 +58,15 @@ async def _attend(
     from fedkit.client.surroundings import LinuxSurroundings
     from fedkit.client.trainers import Trainers
     from fedkit.client.visits import Visits
+    from fedkit.privacy.ledger import Ledger
 
     folder = Path(settings.state) / settings.name
     outbox = Outbox(folder / "outbox")
     keep(AuditLog(folder / "audit.log"))
     inbox, trainers = Inbox(folder / "inbox", settings.parallel + 1), Trainers(nursery, settings.parallel)
     roster = KnownRoster(folder / "roster.json", settings.roster, settings.name, _signing_key(settings))
-    permits = Permits(policy, tasks, roster, Visits(folder / "visits.db"), LinuxSurroundings())
+    visits, ledger = Visits(folder / "visits.db"), Ledger(folder / "ledger.db")
+    permits = Permits(policy, tasks, roster, visits, LinuxSurroundings(), ledger)
     agent = Agent(settings, sorted(tasks), outbox, inbox, trainers, roster, permits)
     on_stop(agent.stop, tethered=tethered)
     await agent.run()

@@ -25,6 +25,7 @@ __all__ = ["Job", "Trainers"]
 log = structlog.get_logger("fedkit.client")
 
 Progress: TypeAlias = Callable[[int, int], None]
+Reserve: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]  # what a private job may spend, and the answer to it
 T = TypeVar("T")
 
 _LENGTH = struct.Struct("<I")
@@ -79,7 +80,7 @@ class _Worker:
         raw = json.dumps(message).encode()
         self._writer.write(_LENGTH.pack(len(raw)) + raw)
 
-    async def outcome(self, key: str, progress: Progress) -> dict[str, Any]:
+    async def outcome(self, key: str, progress: Progress, reserve: Reserve | None = None) -> dict[str, Any]:
         """The outcome of job `key`; raises `_Died`."""
         while True:
             try:
@@ -89,6 +90,9 @@ class _Worker:
                 raise _Died from None
             if message["id"] == key and "done" in message:
                 progress(message["done"], message["total"])
+            elif "reserve" in message:
+                if message["id"] == key and reserve is not None:
+                    self.send({"reserved": reserve(message["reserve"])})
             elif message["id"] == key:
                 return message
 
@@ -109,20 +113,22 @@ class Trainers:
             self._free.put_nowait(None)
 
     @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[Callable[[Job, Progress], Any]]:
-        """A free worker: `perform(job, progress)` gives the outcome or raises `Refused`."""
+    async def place(self) -> AsyncIterator[Callable[[Job, Progress, Reserve], Any]]:
+        """A free worker: `perform(job, progress, reserve)` gives the outcome or raises `Refused`."""
         worker = await self._free.get()
         slot = [worker]
         try:
-            yield lambda job, progress: self._perform(slot, job, progress)
+            yield lambda job, progress, reserve: self._perform(slot, job, progress, reserve)
         finally:
             self._free.put_nowait(slot[0])
 
-    async def _perform(self, slot: list[_Worker | None], job: Job, progress: Progress) -> dict[str, Any]:
+    async def _perform(
+        self, slot: list[_Worker | None], job: Job, progress: Progress, reserve: Reserve
+    ) -> dict[str, Any]:
         worker = slot[0] = await self._alive_or_new(slot[0])
         worker.send(job.message(worker.known))
         try:
-            return await worker.outcome(job.id, progress)
+            return await worker.outcome(job.id, progress, reserve)
         except _Died:
             slot[0] = None
             self._end(worker)

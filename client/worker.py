@@ -31,10 +31,11 @@ from fedkit.gate import Verdict
 from fedkit.logs import where
 from fedkit.packing import pack, unpack
 from fedkit.policy import Policy, refuse
+from fedkit.privacy.plan import Planned, planned
 from fedkit.process import tune_malloc
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert
-from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.rounds.assignment import Assignment, Parcel, Private
 from fedkit.spool import payload_digest
 from fedkit.task import Task
 from fedkit.trainer.trainer import ClientState, Trainer
@@ -99,6 +100,7 @@ class _Worker:
         self._sock = sock
         self._outfit = outfit
         self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._reserved: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._cancelled: set[str] = set()
         self._trainers: dict[tuple[str, bool], Trainer] = {}
         self._manifests: dict[str, Manifest] = {}
@@ -118,6 +120,8 @@ class _Worker:
             while (message := read_message(self._sock)) is not None:
                 if "cancel" in message:
                     self._cancelled.add(message["cancel"])
+                elif "reserved" in message:
+                    self._reserved.put(message["reserved"])
                 else:
                     self._jobs.put(message)
         finally:
@@ -138,14 +142,34 @@ class _Worker:
         parcel = self._parcel(job, message)
         self._watch(0, 0)
         trainer, policy = self._trainer(message), self._outfit.policy
+        plan, private = None, assignment.private
         if isinstance(assignment.work, Fit | Gradient):
-            refuse(policy.objections_to_rows(assignment.work, trainer.rows(assignment.client)))
-        answer, after = trainer.perform(assignment, parcel, state)
+            rows = trainer.rows(assignment.client)
+            refuse(policy.objections_to_rows(assignment.work, rows, private=private is not None))
+        if private is not None:
+            plan = self._reserve(trainer, assignment, private)
+        noisy: dict[str, Any] = {} if plan is None else {"private": plan.training, "question": plan.cost}
+        answer, after = trainer.perform(assignment, parcel, state, **noisy)
         answer = _allowed(policy, trainer, assignment, parcel, answer)
         with contextlib.suppress(FileNotFoundError):
             os.replace(job["spare"], job["out"])
         facts = _written(assignment, answer, parcel.model.manifest, Path(job["out"]))
         return facts | {"has_state": _keep_state(state, after, Path(job["out_state"]))}
+
+    def _reserve(self, trainer: Trainer, assignment: Assignment, private: Private) -> Planned:
+        """The noisy steps of an assignment, once the ledger has them on disk; raises `Refused`."""
+        rows = trainer.rows(assignment.client)
+        plan = planned(private, assignment.work, rows)
+        facts = {
+            "rows": rows,
+            "fingerprint": trainer.fingerprint(assignment.client),
+            "steps": dataclasses.asdict(plan.cost),
+        }
+        write_message(self._sock, {"id": self._current, "reserve": facts})
+        refused = self._reserved.get()
+        if refused:
+            raise Refused(Reason(refused["refused"]), refused["detail"])
+        return plan
 
     def _parcel(self, job: dict[str, Any], message: pb.Assignment) -> Parcel:
         if job["model"] is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fedkit.config import Evaluation, Participation, Settings
+from fedkit.config import DP, Evaluation, Participation, Privacy, Settings
 from fedkit.errors import FedkitError
 from fedkit.gate import Gate
 from fedkit.queries import Histogram, LabelCounts, Moments
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DP",
     "Data",
     "Evaluate",
     "Evaluation",
@@ -36,6 +37,7 @@ __all__ = [
     "Manifest",
     "Moments",
     "Participation",
+    "Privacy",
     "Result",
     "RoundRecord",
     "Settings",

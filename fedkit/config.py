@@ -20,6 +20,7 @@ from pydantic import Field
 from fedkit.errors import ConfigError
 
 __all__ = [
+    "DP",
     "NAME",
     "Criterion",
     "Evaluation",
@@ -29,6 +30,7 @@ __all__ = [
     "Participation",
     "PositiveFloat",
     "PositiveInt",
+    "Privacy",
     "Settings",
     "explain",
     "parse",
@@ -174,6 +176,37 @@ class Participation(Settings):
     deadline_s: PositiveFloat | None = None
     max_update_norm: PositiveFloat | None = None
     attempts: PositiveInt = 3
+
+
+class DP(Settings):
+    """Differential privacy of each row of a client's training data, kept and accounted for by the client itself.
+
+    Give `epsilon`, and each client plans its noise before the first step so that the run costs it at most that much;
+    or give `noise_multiplier`, and the cost is what it comes to. `delta` must not exceed one over any client's rows.
+    Gradients of single rows are clipped to a Euclidean norm of `max_grad_norm`; noise is that times the multiplier.
+
+    Guarantee: for adding or removing one row at one client, against whoever sees all that its training sends.
+    Does not protect against: what example counts and evaluation metrics tell, which are not covered; a person whose
+    rows are at two clients.
+    """
+
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    epsilon: PositiveFloat | None = None
+    noise_multiplier: PositiveFloat | None = None
+    max_grad_norm: PositiveFloat = 1.0
+    level: Literal["example"] = "example"
+
+    def __post_init__(self) -> None:
+        """Epsilon or the noise multiplier: one follows from the other."""
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give epsilon or noise_multiplier, and not both")
+
+
+class Privacy(Settings):
+    """What protects the clients' data in a run: `dp`, and how answers are added up (`aggregation`)."""
+
+    dp: DP | None = None
+    aggregation: Literal["plain"] = "plain"
 
 
 class Evaluation(Settings):

@@ -19,7 +19,7 @@ from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.rounds.assignment import Returns
 from fedkit.work import Evaluate, Fit, Gradient, Work
 
-__all__ = ["AGGREGATIONS", "Kind", "Objection", "Policy", "TaskRule", "Wish", "kind_of", "read", "refuse"]
+__all__ = ["AGGREGATIONS", "BudgetRule", "Kind", "Objection", "Policy", "TaskRule", "Wish", "kind_of", "read", "refuse"]
 
 Kind: TypeAlias = Literal["fit", "hop", "gradient", "evaluate", "summarize"]
 Aggregation: TypeAlias = Literal["plain", "masked", "bfv", "ckks"]
@@ -53,6 +53,7 @@ class Wish:
     returns: Returns
     aggregation: str = "plain"
     cohort: int | None = None
+    private: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -77,10 +78,21 @@ class TaskRule(Settings):
     data: Name | None = None
 
 
+class BudgetRule(Settings):
+    """What one data set may cost in all, over every run and task: `epsilon` at `delta`, for adding or removing one row.
+
+    With a budget, nothing is learned from the data set but with differential privacy.
+    """
+
+    epsilon: PositiveFloat
+    delta: Annotated[float, Field(gt=0, lt=1)]
+
+
 class Policy(Settings):
     """What one site allows; the defaults are safe ones.
 
     * `tasks`: those that may be worked on, by name; empty: all that the agent was started with.
+    * `budgets`: the privacy that each data set may cost, by its id. Private training needs one.
     * `strategies`, `work`, `aggregation`: their names; `strategies` None: all.
     * `min_cohort`: of members of the roster, this site among them, that must be asked together. It does not bound a
       hop, which hands one site's model to the next: leave "hop" out of `work` to forbid that.
@@ -98,6 +110,7 @@ class Policy(Settings):
     """
 
     tasks: dict[Name, TaskRule] = field(default_factory=dict)
+    budgets: dict[Name, BudgetRule] = field(default_factory=dict)
     strategies: tuple[Name, ...] | None = None
     work: tuple[Kind, ...] = ("fit", "hop", "gradient", "evaluate", "summarize")
     aggregation: tuple[Aggregation, ...] = AGGREGATIONS
@@ -118,12 +131,15 @@ class Policy(Settings):
     only_on_mains: bool = False
     only_unmetered: bool = False
     only_idle: bool = False
+    counts_privacy_only: bool = False  # on loopback: every data set has a ledger, and none a budget
 
     @classmethod
     def unrestricted(cls) -> Policy:
         """What holds on loopback where nobody wrote a policy: everything goes, because nothing leaves the machine."""
         uncounted: dict[str, Any] = {"summaries_per_run": None, "evaluations_per_round": None}
-        return cls(min_batch_size=1, metrics_per_client=True, min_rows_per_class=1, **uncounted)
+        return cls(
+            min_batch_size=1, metrics_per_client=True, min_rows_per_class=1, counts_privacy_only=True, **uncounted
+        )
 
     def data_of(self, task: str) -> str:
         """The id of the data set that a task reads."""
@@ -141,12 +157,25 @@ class Policy(Settings):
         yield from _unlisted("strategy", wish.strategy, self.strategies)
         yield from _unlisted("work", wish.kind, self.work)
         yield from _unlisted("aggregation", wish.aggregation, self.aggregation)
+        if self.data_of(wish.task) in self.budgets and wish.kind != "evaluate" and not wish.private:
+            yield Objection("privacy", "none", f"differential privacy, as {self.data_of(wish.task)} has a budget")
+        if wish.private:
+            yield from self._to_private(wish.task)
         if wish.kind != "hop" and wish.cohort is not None:
             yield from _below("members of the roster asked together", wish.cohort, self.min_cohort)
 
+    def _to_private(self, task: str) -> Iterator[Objection]:
+        if self.counts_privacy_only:
+            return
+        rule = self.tasks.get(task)
+        if rule is None or rule.data is None:
+            yield Objection(f"data set of {task}", "one without an id", "one that the policy names")
+        elif rule.data not in self.budgets:
+            yield Objection(f"privacy of {rule.data}", "a part of its budget", "none, as it has no budget")
+
     def _to_work(self, wish: Wish) -> Iterator[Objection]:
         work = wish.work
-        if isinstance(work, Fit | Gradient) and work.batch_size != "all":
+        if isinstance(work, Fit | Gradient) and work.batch_size != "all" and not wish.private:
             yield from _below("batch size", work.batch_size, self.min_batch_size)
         if isinstance(work, Gradient):
             yield from _below("steps", 1, self.min_steps)
@@ -172,13 +201,14 @@ class Policy(Settings):
 
     # -- once the data is loaded, and before anything leaves -----------------------------------------------------------
 
-    def objections_to_rows(self, work: Work, rows: int) -> list[Objection]:
-        """Rules that training on so many rows would break."""
+    def objections_to_rows(self, work: Work, rows: int, *, private: bool = False) -> list[Objection]:
+        """Rules that training on so many rows would break; differential privacy needs no least batch size."""
         if not isinstance(work, Fit | Gradient):
             return []
         size = rows if work.batch_size == "all" else min(work.batch_size, rows)
         steps = 1 if isinstance(work, Gradient) else work.steps or (work.epochs or 1) * -(-rows // max(size, 1))
-        return [*_below("batch size", size, self.min_batch_size), *_below("steps", steps, self.min_steps)]
+        small = [] if private else _below("batch size", size, self.min_batch_size)
+        return [*small, *_below("steps", steps, self.min_steps)]
 
     def objection_to_metrics(self, names: Sequence[str]) -> Objection | None:
         """Whether a task scores what may not leave."""

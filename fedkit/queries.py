@@ -25,6 +25,7 @@ Rows: TypeAlias = Iterable[
 ]  # (features (n, f), targets (n, ...)) batch by batch
 
 SCALE = 1 << 20  # fixed-point steps of the interval between two bounds
+_LEAST_SPREAD = 0.05  # of the interval, where noise leaves it open
 _FLOAT = 1e-13  # of E[x²]: what float64 sums may lose, and less than float32 features can tell apart
 
 
@@ -81,15 +82,37 @@ class Moments(Settings):
             raise ValueError(f"{len(bounds)} bounds are declared for {features} features")
         return bounds.T
 
-    def finish(self, total: npt.NDArray[Any]) -> MomentsResult:
-        """Mean and standard deviation from the sum over clients."""
-        examples, features = int(total[0]), (len(total) - 1) // 2
+    @property
+    def sensitivity(self) -> float:
+        """How far one row moves `answer` at most (Euclidean), each sum in units of its interval; needs bounds.
+
+        A row adds 1 to the count, and at most 1 to each of the 2 f sums: sqrt(1 + 2 f).
+        """
+        return math.sqrt(1 + 2 * len(self.bounds or []))
+
+    def noised(self, answer: npt.NDArray[Any], noise: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+        """The sums with `noise` added, which is in units of the interval; whole numbers again."""
+        units = np.concatenate([[1.0], np.full(len(answer) - 1, float(SCALE))])
+        whole: npt.NDArray[np.int64] = np.rint(answer + noise * units).astype(np.int64)
+        return whole
+
+    def finish(self, total: npt.NDArray[Any], *, noised: bool = False) -> MomentsResult:
+        """Mean and standard deviation from the sum over clients.
+
+        Sums that were `noised` may be those of no data at all: means are kept within the bounds, deviations between a
+        twentieth and a half of the interval.
+        """
+        examples, features = max(int(total[0]), 1) if noised else int(total[0]), (len(total) - 1) // 2
         first, second = total[1 : 1 + features] / examples, total[1 + features :] / examples
         if self.bounds is None:
             return MomentsResult(first, _deviation(second - first**2, _FLOAT * second), examples)
         low, high = self._limits(features)
         mean, square = first / SCALE, second / SCALE
-        std = _deviation(square - mean**2, 3 / 2 / SCALE)
+        if noised:
+            mean = np.clip(mean, 0.0, 1.0)
+            std = np.sqrt(np.clip(square - mean**2, _LEAST_SPREAD**2, 0.25))
+        else:
+            std = _deviation(square - mean**2, 3 / 2 / SCALE)
         return MomentsResult(low + (high - low) * mean, (high - low) * std, examples)
 
 
@@ -118,7 +141,7 @@ class Histogram(Settings):
         inside = np.clip(column, edges[0], np.nextafter(edges[-1], edges[0]))
         return np.histogram(inside, edges)[0].astype(np.int64)
 
-    def finish(self, total: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    def finish(self, total: npt.NDArray[Any], *, noised: bool = False) -> npt.NDArray[np.int64]:  # noqa: ARG002
         """The counts over all clients."""
         return total.astype(np.int64)
 
@@ -144,7 +167,7 @@ class LabelCounts(Settings):
             raise ValueError(f"a label lies outside 0 .. {self.classes - 1}")
         return np.bincount(labels, minlength=self.classes).astype(np.int64)
 
-    def finish(self, total: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    def finish(self, total: npt.NDArray[Any], *, noised: bool = False) -> npt.NDArray[np.int64]:  # noqa: ARG002
         """The counts over all clients."""
         return total.astype(np.int64)
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from fedkit import codec, packing, registry
 from fedkit.codec import Decoder, Limits
-from fedkit.config import Evaluation, parse
+from fedkit.config import Evaluation, Privacy, parse
 from fedkit.enrolment import renew
 from fedkit.errors import (
     ConfigError,
@@ -140,6 +140,7 @@ class Coordinator:
         seed: int = 0,
         init: Init = None,
         evaluate: Evaluation | None = None,
+        privacy: Privacy | None = None,
         min_clients: int | None = None,
         progress: bool | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
@@ -154,7 +155,8 @@ class Coordinator:
         stays below its quorum, `RunCancelled`.
         """
         known = registry.find_task(task) if isinstance(task, str) else task
-        run = self.submit(task, strategy, name=name, seed=seed, init=init, evaluate=evaluate, min_clients=min_clients)
+        given: dict[str, Any] = {"init": init, "evaluate": evaluate, "privacy": privacy, "min_clients": min_clients}
+        run = self.submit(task, strategy, name=name, seed=seed, **given)
         try:
             with shown(strategy, progress, on_round) as watcher:
                 for record in self.watch(run, say=watcher.say):
@@ -175,6 +177,7 @@ class Coordinator:
         seed: int = 0,
         init: Init = None,
         evaluate: Evaluation | None = None,
+        privacy: Privacy | None = None,
         min_clients: int | None = None,
     ) -> str:
         """Begins a run and returns its name; raises what `run` raises before anything is trained."""
@@ -183,6 +186,8 @@ class Coordinator:
         values = {"run": section, "strategy": _described(strategy)}
         if evaluate is not None:
             values["evaluate"] = evaluate.to_dict()
+        if privacy is not None:
+            values["privacy"] = privacy.to_dict()
         file = parse(RunFile, values)
         start = _start(init, task)
         try:

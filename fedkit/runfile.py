@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 from pydantic import Field
 
 from fedkit import registry
-from fedkit.config import Evaluation, Name, PositiveInt, Settings, parse
+from fedkit.config import Evaluation, Name, PositiveInt, Privacy, Settings, parse
 from fedkit.errors import ConfigError
 from fedkit.strategy import Strategy
 
@@ -46,6 +46,7 @@ class RunFile(Settings):
     run: RunSection
     strategy: dict[str, Any]
     evaluate: Evaluation | None = None
+    privacy: Privacy = Privacy()
     simulation: SimulationSection = SimulationSection()
 
     def build_strategy(self) -> Strategy:
@@ -60,6 +61,7 @@ class RunFile(Settings):
         """The run file as it travels, without what only concerns a simulation; raises `ConfigError`."""
         evaluate = None if self.evaluate is None else self.evaluate.to_dict()
         values = {"run": self.run.to_dict(), "strategy": self.strategy, "evaluate": evaluate}
+        values["privacy"] = self.privacy.to_dict()
         try:
             return json.dumps(values, allow_nan=False)
         except (ValueError, TypeError) as error:

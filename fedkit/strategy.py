@@ -141,6 +141,11 @@ class Strategy(Settings, frozen=False):
     unused: ClassVar[frozenset[str]] = frozenset()  # settings of participation that would be ignored
 
     @property
+    def visits(self) -> int:
+        """How often the strategy asks one client to train at most, as far as it has a plan."""
+        return self.rounds
+
+    @property
     def least(self) -> int:
         """How many single updates a round needs; one with fewer is abandoned, as one below its quorum."""
         return 1

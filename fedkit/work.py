@@ -19,7 +19,19 @@ from fedkit.gate import Gate
 from fedkit.queries import Query
 from fedkit.weights import Vector, Weights
 
-__all__ = ["Answer", "BatchSize", "Evaluate", "Fit", "Gradient", "MetricSums", "Summarize", "Summary", "Update", "Work"]
+__all__ = [
+    "Answer",
+    "BatchSize",
+    "Evaluate",
+    "Fit",
+    "Gradient",
+    "MetricSums",
+    "Steps",
+    "Summarize",
+    "Summary",
+    "Update",
+    "Work",
+]
 
 BatchSize: TypeAlias = PositiveInt | Literal["all"]
 
@@ -64,6 +76,15 @@ class Gradient(Settings):
     batch_size: BatchSize = "all"
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """`count` steps of the Poisson-sampled Gaussian mechanism: each row takes part in one with probability `q`."""
+
+    noise_multiplier: float
+    q: float
+    count: int
+
+
 class Evaluate(Settings):
     """Loss and metrics of the received model on validation or test data, as sums."""
 
@@ -85,13 +106,15 @@ class Update:
     """What a `Fit` changed (trained minus received), the trained weights of a hop, or a gradient.
 
     `examples` is the number of training rows; `extra` holds the strategy's own named vectors; `loss` is the mean
-    training loss, or None where the task's own loop reports none.
+    training loss, or None where the task's own loop reports none, or privacy forbids. `epsilon` is what the run has
+    cost this client's data so far, by its own ledger, where the work was differentially private.
     """
 
     weights: Weights
     examples: int
     loss: float | None = None
     extra: Mapping[str, Vector] = field(default_factory=dict)
+    epsilon: float | None = None
 
     @property
     def sizes(self) -> dict[str, int]:

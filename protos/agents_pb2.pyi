@@ -180,7 +180,7 @@ class Welcome(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., heartbeat_s: _Optional[float] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., roster: _Optional[str] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "manifest_digest", "extras", "settlement", "manifest", "roster_version", "roster_digest", "aggregation", "cohort", "fit", "gradient", "evaluate", "summarize")
+    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "manifest_digest", "extras", "settlement", "manifest", "roster_version", "roster_digest", "aggregation", "cohort", "private", "fit", "gradient", "evaluate", "summarize")
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,7 @@ class Assignment(_message.Message):
     ROSTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     AGGREGATION_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
@@ -221,11 +222,28 @@ class Assignment(_message.Message):
     roster_digest: bytes
     aggregation: str
     cohort: _containers.RepeatedCompositeFieldContainer[Voucher]
+    private: Private
     fit: Fit
     gradient: Gradient
     evaluate: Evaluate
     summarize: Summarize
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., private: _Optional[_Union[Private, _Mapping]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
+
+class Private(_message.Message):
+    __slots__ = ("epsilon", "noise_multiplier", "delta", "max_grad_norm", "visits", "questions")
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
+    NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    VISITS_FIELD_NUMBER: _ClassVar[int]
+    QUESTIONS_FIELD_NUMBER: _ClassVar[int]
+    epsilon: float
+    noise_multiplier: float
+    delta: float
+    max_grad_norm: float
+    visits: int
+    questions: int
+    def __init__(self, epsilon: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., delta: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., visits: _Optional[int] = ..., questions: _Optional[int] = ...) -> None: ...
 
 class Fit(_message.Message):
     __slots__ = ("epochs", "steps", "batch_size", "lr", "proximal", "control_variates", "mixed_precision", "gate")
@@ -364,13 +382,14 @@ class UploadPiece(_message.Message):
     def __init__(self, announcement: _Optional[_Union[Announcement, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Announcement(_message.Message):
-    __slots__ = ("assignment_id", "examples", "loss", "extras", "payload_bytes", "digest", "at_once")
+    __slots__ = ("assignment_id", "examples", "loss", "extras", "payload_bytes", "digest", "epsilon", "at_once")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     EXTRAS_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_FIELD_NUMBER: _ClassVar[int]
     AT_ONCE_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     examples: int
@@ -378,8 +397,9 @@ class Announcement(_message.Message):
     extras: _containers.RepeatedCompositeFieldContainer[_tensors_pb2.Extra]
     payload_bytes: int
     digest: bytes
+    epsilon: float
     at_once: bool
-    def __init__(self, assignment_id: _Optional[str] = ..., examples: _Optional[int] = ..., loss: _Optional[float] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., at_once: _Optional[bool] = ...) -> None: ...
+    def __init__(self, assignment_id: _Optional[str] = ..., examples: _Optional[int] = ..., loss: _Optional[float] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., payload_bytes: _Optional[int] = ..., digest: _Optional[bytes] = ..., epsilon: _Optional[float] = ..., at_once: _Optional[bool] = ...) -> None: ...
 
 class UploadReply(_message.Message):
     __slots__ = ("have", "taken", "refused")

@@ -11,12 +11,12 @@ import numpy as np
 from fedkit import config
 from fedkit.codec import Header as CodecHeader
 from fedkit.codec import Limits
-from fedkit.config import NAME, parse
+from fedkit.config import DP, NAME, parse
 from fedkit.errors import ConfigError, PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.queries import Histogram, LabelCounts, Moments, Query
-from fedkit.rounds.assignment import Assignment, Parcel, Returns
+from fedkit.rounds.assignment import Assignment, Parcel, Private, Returns
 from fedkit.trust.vouchers import Voucher
 from fedkit.weights import Manifest
 from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Summarize, Summary, Work
@@ -41,6 +41,10 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _RUN = re.compile(rf"{NAME.pattern}(\.[0-9a-f]{{8}})?")  # its name, and what tells it from others of that name
 _DETAIL = 200  # characters
 _MAX_EXTRAS = 16
+_MOST_VISITS = 1_000_000
+_MOST_QUESTIONS = 5  # each has a sixth of epsilon
+_COUNTS = ("visits", "questions")
+_DP_FIELDS = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
 
 _RETURNS: dict[Returns, Any] = {"update": pb.UPDATE, "weights": pb.WEIGHTS, "sums": pb.SUMS}
 _FROM_CLIENTS = frozenset(
@@ -95,6 +99,9 @@ def assignment_to_proto(
         extras=extras_to_proto({name: vector.size for name, vector in parcel.extra.items()}),
     )
     _put_work(message, assignment.work)
+    if assignment.private is not None:
+        dp, counts = assignment.private.dp, {name: getattr(assignment.private, name) for name in _COUNTS}
+        message.private.CopyFrom(pb.Private(**counts, **{name: getattr(dp, name) for name in _DP_FIELDS}))
     return message
 
 
@@ -138,10 +145,20 @@ def assignment_from_proto(message: pb.Assignment, client: str) -> Assignment:
         raise PayloadError(f"assignment {message.id} belongs to a run that no coordinator would name so")
     require_name(message.task, "a task's name")
     try:
-        work = _work(message)
+        work, private = _work(message), _private(message)
     except ConfigError as error:
         raise PayloadError(f"assignment {message.id}: {error}") from None
-    return Assignment(message.id, message.run, message.seed, message.round, client, work, returns)
+    return Assignment(message.id, message.run, message.seed, message.round, client, work, returns, private=private)
+
+
+def _private(message: pb.Assignment) -> Private | None:
+    if not message.HasField("private"):
+        return None
+    fields = _fields(message.private)
+    visits, questions = (fields.pop(name) for name in _COUNTS)
+    if not 0 < visits <= _MOST_VISITS or questions > _MOST_QUESTIONS:
+        raise PayloadError(f"assignment {message.id}: a run does not ask {visits} times, after {questions} questions")
+    return Private(parse(DP, fields, where="dp"), visits, questions)
 
 
 def _work(message: pb.Assignment) -> Work:

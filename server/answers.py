@@ -96,21 +96,21 @@ class Answers:
     def _to_row(self, answer: Answer) -> tuple[str | None, bytes]:
         if not isinstance(answer, Update):
             return None, pack((type(answer).__name__, *(getattr(answer, name) for name in type(answer).__slots__)))
-        file, facts, payload = self._file(answer), (answer.examples, answer.loss), _payload(answer)
+        file, facts, payload = self._file(answer), (answer.examples, answer.loss, answer.epsilon), _payload(answer)
         if file is not None and payload is not None:
             payload.save()
-            return file, pack((*facts, answer.weights.manifest.digest, tuple(answer.sizes.items())))
-        return None, pack(("Update", answer.weights, *facts, dict(answer.extra)))
+            return file, pack((answer.weights.manifest.digest, tuple(answer.sizes.items()), *facts))
+        return None, pack(("Update", answer.weights, *facts[:2], dict(answer.extra), answer.epsilon))
 
     def _from_row(self, file: str | None, content: bytes, reopen: Reopen) -> Answer | None:
         if file is None:
             kind, *fields = unpack(content)
             return Update(*fields) if kind == "Update" else _KINDS[kind](*fields)
-        examples, loss, manifest, sizes = unpack(content)
+        manifest, sizes, examples, loss, epsilon = unpack(content)
         found = None if self._spool is None else reopen(self._spool / file, sizes)
         if found is None or found[0].manifest.digest != manifest:
             return None
-        return Update(found[0], examples, loss, found[1])
+        return Update(found[0], examples, loss, found[1], epsilon)
 
 
 def _payload(answer: Answer) -> Payload | None:

@@ -173,7 +173,8 @@ class Errand:
         extras = {extra.name: int(extra.length) for extra in self._announced.extras}
         loss = self._announced.loss if self._announced.HasField("loss") else None
         weights, vectors = Spooled(manifest, payload), SpooledExtras(payload, manifest.size, extras)
-        return Update(weights, int(self._announced.examples), loss, vectors)
+        epsilon = self._announced.epsilon if self._announced.HasField("epsilon") else None
+        return Update(weights, int(self._announced.examples), loss, vectors, epsilon)
 
     def settle(self, outcome: Answer | Refused) -> None:
         """Ends the errand with an answer or a refusal; only the first one counts."""

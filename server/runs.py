@@ -17,6 +17,7 @@ from fedkit import packing, registry
 from fedkit.config import parse
 from fedkit.errors import FedkitError, Reason, RunError, StorageError
 from fedkit.history import History
+from fedkit.privacy.submission import require_private
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome, Plan, conduct
 from fedkit.rounds.journal import RoundRecord
@@ -100,6 +101,8 @@ class Runs:
         strategy, task = file.build_strategy(), self._task(file)
         fresh = task.build(file.run.seed)
         strategy.check(task, fresh)
+        if file.privacy.dp is not None:
+            require_private(strategy, task, fresh, file.privacy.dp)
         strategy.require_clients(_min_clients(file, strategy))
         if init is not None:
             Weights.from_module(fresh, task.travels).manifest.require_shapes(init.manifest, "init")
@@ -128,6 +131,7 @@ class Runs:
             seed=file.run.seed,
             init=self._init(stored, live.journal),
             evaluate=file.evaluate,
+            privacy=file.privacy,
             min_clients=_min_clients(file, strategy),
             on_round=functools.partial(self._committed, live),
         )

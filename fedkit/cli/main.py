@@ -12,6 +12,7 @@ import typer
 from fedkit import __version__
 from fedkit.cli.edge import Json, LogForm, Tethered, edge
 from fedkit.cli.memberships import audit_log, ca, roster
+from fedkit.cli.privacies import privacy
 from fedkit.cli.sites import client
 
 __all__ = ["app"]
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(client)
+app.add_typer(privacy)
 app.add_typer(ca)
 app.add_typer(roster)
 app.add_typer(audit_log)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from fedkit.demo.compare import Row
 from fedkit.demo.heart import HOSPITALS
+from fedkit.privacy.report import NOT_COVERED, Report
 from fedkit.result import Result
 from fedkit.rounds.journal import RoundRecord
 from fedkit.status import ClientStatus, JobStatus, RunStatus
@@ -31,6 +33,7 @@ __all__ = [
     "models",
     "print_json",
     "print_line",
+    "privacy",
     "prospect",
     "rounds",
     "runs",
@@ -123,6 +126,8 @@ def _table(title: str, records: Sequence[RoundRecord], total: int) -> Table:
 def _notes(records: Sequence[RoundRecord]) -> dict[str, Callable[[RoundRecord], str]]:
     """Columns that only some runs need."""
     notes: dict[str, Callable[[RoundRecord], str]] = {}
+    if any(record.epsilon for record in records):
+        notes["epsilon"] = lambda record: _up(max(record.epsilon.values())) if record.epsilon else "-"
     if any(record.refusals for record in records):
         notes["refused"] = lambda record: str(len(record.refusals))
     if not all(record.stands for record in records):
@@ -230,6 +235,47 @@ def prospect(found: Prospect) -> None:
         say(f"this agent does not have the task {run.task}: add it with --task")
     elif not found.is_welcome:
         say("this site will refuse what is not allowed, and take part in the rest")
+
+
+def privacy(found: Sequence[Report], head: str, *, with_runs: bool) -> None:
+    """What data sets have cost, and what is left; with the runs, what is not covered too."""
+    table = _plain("Privacy", "data set", "rows", "epsilon", "delta", "budget", "left", "rounds it affords")
+    for one in found:
+        budget = "none" if one.budget is None else f"{one.budget.epsilon:g}"
+        left = ["-" if value is None else _down(value) for value in (one.left, one.rounds)]
+        _add(table, [one.data, str(one.rows), _up(one.spent.epsilon), f"{one.spent.delta:g}", budget, *left])
+    console.print(table)
+    if with_runs:
+        for one in found:
+            console.print(_costs(one))
+        say("Level: one row (example). Relation: adding or removing one. Sampling: Poisson. Not covered:")
+        for text in NOT_COVERED:
+            say(f"  * {text}")
+    say(f"digest of the ledger {head}")
+
+
+def _costs(one: Report) -> Table:
+    heads = ("run", "asked", "open", "steps", "rate", "noise", "clip", "epsilon (RDP)", "epsilon (PLD)")
+    table = _plain(f"Runs on {one.data} ({one.fingerprint[:16] or 'never loaded'})", *heads)
+    for run in one.runs:
+        settings = [_range(values) for values in (run.sampling_rates, run.noise_multipliers, run.clips)]
+        pld = "-" if run.spent.pld is None else _up(run.spent.pld)
+        counts = [str(run.assignments), str(run.open), str(run.steps)]
+        _add(table, [run.run, *counts, *settings, _up(run.spent.rdp), pld])
+    return table
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{values[0]:.3g}" if len(values) == 1 else f"{values[0]:.3g}-{values[-1]:.3g}"
+
+
+def _up(epsilon: float) -> str:
+    """Never less than it is."""
+    return f"{math.ceil(epsilon * 1000) / 1000:.3f}" if math.isfinite(epsilon) else "infinity"
+
+
+def _down(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{math.floor(value * 1000) / 1000:.3f}"
 
 
 def _plain(title: str, *heads: str) -> Table:

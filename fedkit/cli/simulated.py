@@ -48,6 +48,7 @@ def _run(
         clients=names,
         seed=run.run.seed,
         evaluate=run.evaluate,
+        privacy=run.privacy,
         workers=workers or run.simulation.workers,
         threads=run.simulation.threads,
         device=run.simulation.device,

@@ -19,22 +19,14 @@ import numpy.typing as npt
 from scipy.special import gammaln, logsumexp
 
 from fedkit.errors import ConfigError
+from fedkit.work import Steps
 
-__all__ = ["ORDERS", "Spent", "Steps", "epsilon_of", "noise_for", "rdp_of", "spent"]
+__all__ = ["ORDERS", "Spent", "epsilon_of", "noise_for", "rdp_of", "spent"]
 
 ORDERS: tuple[int, ...] = (*range(2, 65), *range(68, 129, 4), *range(144, 257, 16), 320, 384, 512)
 _PLD_KINDS = 8  # different (noise, q) pairs of which a privacy loss distribution is made; each takes about a second
 _PLD_MOST_EPSILON = 100.0  # beyond which nobody needs a tighter bound
 _MOST_NOISE = 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """`count` steps of the Poisson-sampled Gaussian mechanism with sampling rate `q`."""
-
-    noise_multiplier: float
-    q: float
-    count: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class Way(Protocol):
         ...
 
 
-def factors_of(norms: torch.Tensor, clip: float) -> torch.Tensor:
+def _factors_of(norms: torch.Tensor, clip: float) -> torch.Tensor:
     """What each row's gradient is multiplied by: min(1, clip / norm), and 0 where there is no finite norm."""
     factors = (clip / norms).clamp(max=1.0)
     return torch.where(norms.isfinite(), torch.where(norms > clip, factors, 1.0), 0.0)
@@ -128,7 +128,7 @@ class BookKeeping:
         parts = [part for page, grads in pages for part in part_of(page.layer, page.inputs, grads)]
         zeros = torch.zeros(rows, dtype=torch.float64, device=self._parameters[0].device)
         norms = sum((part.squares for part in parts), zeros).sqrt()
-        factors = factors_of(norms, clip)
+        factors = _factors_of(norms, clip)
         found = {id(parameter): total for part in parts for parameter, total in part.contract(factors)}
         sums = [found[id(p)] if id(p) in found else torch.zeros_like(p) for p in self._parameters]
         return Clipped(sums, norms, sum(page.inputs.numel() + grads.numel() for page, grads in pages))
@@ -208,7 +208,7 @@ def _contracted(parameters: Sequence[nn.Parameter], rows: int, clip: float) -> C
     flat = {i: sample.reshape(rows, -1) for i, sample in found.items()}
     zeros = torch.zeros(rows, dtype=torch.float64, device=parameters[0].device)
     norms = sum((torch.linalg.vector_norm(s, dim=1).double().square() for s in flat.values()), zeros).sqrt()
-    factors = factors_of(norms, clip)
+    factors = _factors_of(norms, clip)
     sums = [torch.zeros_like(parameter) for parameter in parameters]
     for i, sample in flat.items():
         sums[i] = (factors.to(sample.dtype) @ sample).view(parameters[i].shape)

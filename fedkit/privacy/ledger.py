@@ -11,19 +11,24 @@ that one that is altered, removed or moved is found when the ledger is opened.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from blake3 import blake3
 
 from fedkit.errors import Reason, Refused, StorageError
-from fedkit.privacy.accounting import Spent, Steps, epsilon_of, rdp_of, spent
+from fedkit.privacy.accounting import Spent, epsilon_of, rdp_of, spent
+from fedkit.work import Steps
 
 __all__ = ["Account", "Budget", "Ledger", "Reservation"]
 
@@ -70,38 +75,57 @@ class Account:
         """All steps, those that are only reserved among them."""
         return [one.steps for one in self.reservations]
 
-    def spent(self, delta: float, *, tight: bool = True) -> Spent:
-        """What they cost."""
-        return spent(self.history, delta, tight=tight)
+    def history_of(self, run: str) -> list[Steps]:
+        """The steps of one run."""
+        return [one.steps for one in self.reservations if one.run == run]
+
+    def spent(self, delta: float, *, run: str | None = None, tight: bool = True) -> Spent:
+        """What all steps cost, or those of one run."""
+        return spent(self.history if run is None else self.history_of(run), delta, tight=tight)
 
 
 class Ledger:
-    """The ledger in a SQLite file, for one process at a time.
+    """The ledger in a SQLite file, which one process at a time may write to, and any may look at (`look`).
 
     Raises `StorageError` where the file cannot be used, or is not as it was written: then nothing may be spent.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, look: bool = False) -> None:
         self._path = path
         self._head = _START
         self._accounts: dict[str, Account] = {}
         self._places: dict[str, str] = {}  # the data set of each assignment
-        with self._told():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=5.0)
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(_SCHEMA)
-            rows = self._db.execute("SELECT seq, body, digest FROM entries ORDER BY seq").fetchall()
+        with contextlib.ExitStack() as files:
+            with self._told():
+                self._db = files.enter_context(contextlib.closing(self._looking() if look else self._writing(files)))
+                rows = self._db.execute("SELECT seq, body, digest FROM entries ORDER BY seq").fetchall()
+            self._read(rows)
+            self._files = files.pop_all()
+
+    def _read(self, rows: list[tuple[int, str, bytes]]) -> None:
         for number, (seq, body, digest) in enumerate(rows, 1):
             self._head = _chained(self._head, body)
             if seq != number or digest != self._head:
                 raise StorageError(
-                    f"{path}: entry {number} was altered, removed or moved: put back a copy of the ledger. Until then "
-                    "no privacy can be spent here"
+                    f"{self._path}: entry {number} was altered, removed or moved: put back a copy of the ledger. Until "
+                    "then no privacy can be spent here"
                 )
             self._take(json.loads(body))
+
+    def _looking(self) -> sqlite3.Connection:
+        if not self._path.exists():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return sqlite3.connect(f"file:{quote(str(self._path.absolute()))}?mode=ro", uri=True, timeout=5.0)
+
+    def _writing(self, files: contextlib.ExitStack) -> sqlite3.Connection:
+        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = files.enter_context(open(self._path.with_suffix(".lock"), "ab"))  # noqa: SIM115 - held until `close`
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        db = sqlite3.connect(self._path, isolation_level=None, timeout=5.0)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.executescript(_SCHEMA)
+        return db
 
     @property
     def head(self) -> str:
@@ -122,10 +146,11 @@ class Ledger:
         if (account.rows, account.fingerprint) != (rows, fingerprint):
             self._append({"kind": "data", "data": data, "rows": rows, "fingerprint": fingerprint})
 
-    def reserve(self, wish: Reservation, budget: Budget) -> None:
+    def reserve(self, wish: Reservation, budget: Budget, of_run: Budget | None = None) -> None:
         """Puts a reservation on disk; returns at once for an assignment that has this very one already.
 
-        Raises `Refused` where it would go beyond the budget, or is another one than the assignment had before.
+        Raises `Refused` where it would go beyond the budget of the data, or of the run (`of_run`), or is another one
+        than the assignment had before.
         """
         before = self._reserved(wish.assignment)
         if before is not None:
@@ -133,15 +158,15 @@ class Ledger:
                 raise Refused(Reason.PRIVACY, f"assignment {wish.assignment} has another reservation already")
             return
         account = self.account(wish.data)
-        cost = epsilon_of(rdp_of([*account.history, wish.steps]), budget.delta)
-        if not cost <= budget.epsilon:
-            left = max(budget.epsilon - epsilon_of(rdp_of(account.history), budget.delta), 0.0)
-            text = (
-                f"{wish.data} would have cost epsilon {_up(cost)}, its budget is {budget.epsilon:g} at delta "
-                f"{budget.delta:g}; {_down(left)} are left"
-            )
-            raise Refused(Reason.PRIVACY, text)
+        self.check(wish, budget)
+        if of_run is not None:
+            _require(wish, account.history_of(wish.run), of_run, f"the run at {wish.data}")
         self._append({"kind": "reserve", "relation": _RELATION, "mechanism": "sampled_gaussian", **asdict(wish)})
+
+    def check(self, wish: Reservation, budget: Budget) -> None:
+        """Raises `Refused` where the reservation would go beyond the budget of the data."""
+        if self._reserved(wish.assignment) is None:
+            _require(wish, self.account(wish.data).history, budget, wish.data)
 
     def reconcile(self, assignment: str, count: int) -> None:
         """The steps that were made of a reservation: fewer than reserved cost less, more there cannot be.
@@ -153,6 +178,12 @@ class Ledger:
             raise ValueError(f"assignment {assignment} has no reservation of {count} steps")
         if assignment in self.account(wish.data).open:
             self._append({"kind": "made", "assignment": assignment, "count": count})
+
+    def close_reservation(self, assignment: str) -> None:
+        """All steps of the reservation were made, and their result is stored."""
+        wish = self._reserved(assignment)
+        if wish is not None:
+            self.reconcile(assignment, wish.steps.count)
 
     def _reserved(self, assignment: str) -> Reservation | None:
         account = self._accounts.get(self._places.get(assignment, ""))
@@ -188,8 +219,8 @@ class Ledger:
         self._accounts[data] = account
 
     def close(self) -> None:
-        """Closes the file."""
-        self._db.close()
+        """Closes the file, and lets another process write to it."""
+        self._files.close()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -198,6 +229,18 @@ class Ledger:
         except (OSError, sqlite3.Error) as error:
             text = f"{self._path}: {error}; free space or mend the disk, or end the other agent that uses it"
             raise StorageError(text) from error
+
+
+def _require(wish: Reservation, history: list[Steps], budget: Budget, whose: str) -> None:
+    """Raises `Refused` where the wish, after that history, is beyond the budget."""
+    cost = epsilon_of(rdp_of([*history, wish.steps]), budget.delta)
+    if not cost <= budget.epsilon:
+        left = max(budget.epsilon - epsilon_of(rdp_of(history), budget.delta), 0.0)
+        text = (
+            f"{whose} would have cost epsilon {_up(cost)}, its budget is {budget.epsilon:g} at delta {budget.delta:g}; "
+            f"{_down(left)} are left"
+        )
+        raise Refused(Reason.PRIVACY, text)
 
 
 def _made(one: Reservation, entry: dict[str, Any]) -> Reservation:

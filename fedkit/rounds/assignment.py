@@ -10,10 +10,11 @@ from typing import Literal, Protocol, TypeAlias, TypeVar
 import numpy as np
 from blake3 import blake3
 
+from fedkit.config import DP
 from fedkit.weights import Vector, Weights
 from fedkit.work import Answer, Work
 
-__all__ = ["Assignment", "Parcel", "Returns", "Transport", "assignment_id", "question_digest"]
+__all__ = ["Assignment", "Parcel", "Private", "Returns", "Transport", "assignment_id", "question_digest"]
 
 T = TypeVar("T")
 
@@ -43,6 +44,18 @@ class Parcel:
 
 
 @dataclass(frozen=True, slots=True)
+class Private:
+    """That a run is differentially private, planned for `visits` pieces of training at each client.
+
+    `questions` about the data come before: 1 where the run's preprocessing asks for statistics.
+    """
+
+    dp: DP
+    visits: int
+    questions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """Work for one client. `id` is a digest of everything that makes it this assignment and no other.
 
@@ -58,11 +71,16 @@ class Assignment:
     work: Work
     returns: Returns
     cohort: tuple[str, ...] = ()
+    private: Private | None = None
 
 
-def question_digest(run: str, round: int, attempt: int, work: Work, returns: Returns, parcel: Parcel) -> str:
+def question_digest(
+    run: str, round: int, attempt: int, work: Work, returns: Returns, parcel: Parcel, private: Private | None = None
+) -> str:
     """What all assignments of one call share: a digest of run, round, attempt, work and what is sent along."""
     parts = [run, round, attempt, type(work).__name__, work.to_dict(), returns, parcel.digest]
+    if private is not None:
+        parts += [private.dp.to_dict(), private.visits, private.questions]
     return blake3(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -33,6 +33,8 @@ def _inspect_update(answer: Update, manifest: Manifest) -> None:
         raise Refused(Reason.SHAPE, "names, shapes or dtypes are not those of the model sent")
     if answer.loss is not None and not np.isfinite(answer.loss):
         raise Refused(Reason.NOT_FINITE, "the training loss is NaN or infinite: lower the learning rate")
+    if answer.epsilon is not None and not 0.0 <= answer.epsilon < np.inf:
+        raise Refused(Reason.SHAPE, f"epsilon is what privacy has cost, got {answer.epsilon!r:.40}")
     if answer.weights.is_stored:
         return  # its bytes were checked as they arrived
     if any(vector.dtype != np.float32 or vector.ndim != 1 for vector in answer.extra.values()):

@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from fedkit.config import Evaluation
+from fedkit.config import Evaluation, Privacy
 from fedkit.errors import RoundAbandoned, RunError, RunFailed
 from fedkit.metrics import MetricSet
-from fedkit.rounds.assignment import Transport
+from fedkit.rounds.assignment import Private, Transport
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.federation import JournaledFederation, RunIdentity
 from fedkit.rounds.journal import Commit, Journal, RoundRecord
@@ -40,6 +40,7 @@ class Plan:
     seed: int = 0
     init: Weights | None = None
     evaluate: Evaluation | None = None
+    privacy: Privacy = Privacy()
     min_clients: int = 1
     on_round: Observer | None = None
 
@@ -106,7 +107,9 @@ class _Run(JournaledFederation):
     """The federation plus what only whoever knows the task can do: score, commit, prepare, finish."""
 
     def __init__(self, plan: Plan, strategy: Strategy, transport: Transport, journal: Journal) -> None:
-        identity = RunIdentity(plan.name, plan.seed, strategy.participation, strategy.least)
+        dp = plan.privacy.dp
+        private = None if dp is None else Private(dp, strategy.visits, int(plan.task.prepare is not None))
+        identity = RunIdentity(plan.name, plan.seed, strategy.participation, strategy.least, private)
         super().__init__(identity, transport, journal)
         self._plan = plan
         self._strategy = strategy

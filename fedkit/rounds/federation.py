@@ -19,7 +19,7 @@ from fedkit.config import Participation
 from fedkit.errors import ConfigError, Reason, Refused, RoundAbandoned
 from fedkit.gate import BEFORE, Gate, Verdict
 from fedkit.queries import Query
-from fedkit.rounds.assignment import Assignment, Parcel, Returns, Transport, question_digest
+from fedkit.rounds.assignment import Assignment, Parcel, Private, Returns, Transport, question_digest
 from fedkit.rounds.call import GroupCall, Refusal, State
 from fedkit.rounds.checks import inspect
 from fedkit.rounds.drive import drive
@@ -46,6 +46,7 @@ class RunIdentity:
     seed: int
     participation: Participation = Participation()
     least: int = 1
+    private: Private | None = None
 
 
 class _Question:
@@ -56,7 +57,9 @@ class _Question:
     ) -> None:
         self.work, self.returns, self.parcel, self.cohort = work, returns, parcel, sorted(cohort)
         self._identity, self._round = identity, now.opened.round
-        digest = question_digest(identity.name, now.opened.round, now.opened.attempt, work, returns, parcel)
+        self.private = None if isinstance(work, Evaluate) else identity.private
+        at = (now.opened.round, now.opened.attempt)
+        digest = question_digest(identity.name, *at, work, returns, parcel, self.private)
         self.ids = {client: now.next_id(digest, client) for client in self.cohort}
         self.key = blake3("".join(self.ids.values()).encode()).hexdigest(length=16)
         names = ", ".join(self.cohort[:4]) + (", ..." if len(self.cohort) > 4 else "")
@@ -66,7 +69,8 @@ class _Question:
         """The assignment of one client."""
         run, seed = self._identity.name, self._identity.seed
         cohort = tuple(self.cohort)
-        return Assignment(self.ids[client], run, seed, self._round, client, self.work, self.returns, cohort)
+        key, work = self.ids[client], self.work
+        return Assignment(key, run, seed, self._round, client, work, self.returns, cohort, self.private)
 
     def norm(self, answer: Answer) -> float:
         """How far an answer would move the model it was made from; 0 for sums."""
@@ -227,7 +231,7 @@ class JournaledFederation:
         total = fold.result()
         if total is None:
             raise RoundAbandoned(f"round {self.round}: nobody answered {question.label}")
-        return query.finish(total.vector)
+        return query.finish(total.vector, noised=self.identity.private is not None)
 
     # -- asynchronous work -----------------------------------------------------------------------------------------
 
@@ -266,7 +270,7 @@ class JournaledFederation:
 
     def _arrived(self, started: Started, update: Update) -> Arrival:
         flown = started.assignment
-        self._take(flown.id, update)
+        self._take(flown.client, flown.id, update)
         self.now.contributed([flown.client], update.examples, update.loss)
         return Arrival(flown.client, update.weights, update.examples, self.round - flown.round)
 
@@ -346,7 +350,7 @@ class JournaledFederation:
             fold.add(client, None)
 
         def accept(client: str, answer: Answer) -> None:
-            self._take(question.ids[client], answer)
+            self._take(client, question.ids[client], answer)
             if each is not None:
                 each(client, answer)
             fold.add(client, answer)
@@ -371,7 +375,7 @@ class JournaledFederation:
         for client in before:
             answer = await self._again(question, client)
             call.answered(client, self.transport.now())
-            yield client, self._take_update(question.ids[client], answer)
+            yield client, self._take_update(client, question.ids[client], answer)
         if not is_over:
             async for item in self._newly(question, call):
                 yield item
@@ -394,7 +398,7 @@ class JournaledFederation:
                 client, answer = item
                 key = question.ids[client]
                 self.journal.note(Entry("update", key, f"update from {client}", ((client, key),)))
-                yield client, self._take_update(key, answer)
+                yield client, self._take_update(client, key, answer)
             await driving
         finally:
             driving.cancel()
@@ -421,15 +425,17 @@ class JournaledFederation:
         inspect(answer, assignment.returns, parcel.model.manifest)
         return answer
 
-    def _take(self, key: str, answer: A) -> A:
+    def _take(self, client: str, key: str, answer: A) -> A:
+        if isinstance(answer, Update) and answer.epsilon is not None:
+            self.now.epsilon[client] = answer.epsilon
         self.now.accepted.append(key)
         self.now.bytes_up += answer.payload_bytes
         self.journal.keep(key, answer)
         return answer
 
-    def _take_update(self, key: str, answer: Answer) -> Update:
+    def _take_update(self, client: str, key: str, answer: Answer) -> Update:
         assert isinstance(answer, Update)  # inspected against the assignment
-        return self._take(key, answer)
+        return self._take(client, key, answer)
 
 
 def _ignored(_: str) -> None:

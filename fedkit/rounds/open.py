@@ -96,6 +96,7 @@ class Progress:
         self.sent: list[str] = []
         self.accepted: list[str] = []
         self.refusals: list[Refusal] = []
+        self.epsilon: dict[str, float] = {}  # what the run has cost each client so far, by its own ledger
         self.bytes_up = 0
         self.bytes_down = 0
         self._asked: Counter[tuple[str, str]] = Counter()
@@ -138,5 +139,6 @@ class Progress:
             bytes_up=self.bytes_up,
             bytes_down=self.bytes_down,
             refusals=tuple(self.refusals),
+            epsilon=dict(sorted(self.epsilon.items())),
             **more,
         )

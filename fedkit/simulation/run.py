@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from fedkit import codec, rng
-from fedkit.config import Evaluation
+from fedkit.config import Evaluation, Privacy
 from fedkit.errors import ConfigError, RunFailed
+from fedkit.privacy.submission import require_private
 from fedkit.progress import shown
 from fedkit.result import Result, trained, warn_of_failures
 from fedkit.rounds.conduct import Plan, conduct
@@ -40,6 +41,7 @@ def simulate(
     seed: int = 0,
     init: Weights | nn.Module | Path | str | None = None,
     evaluate: Evaluation | None = None,
+    privacy: Privacy = Privacy(),
     workers: int = 1,
     threads: int | None = None,
     device: str = "auto",
@@ -54,12 +56,15 @@ def simulate(
     uses in each of them (None: as many as it is set to); other numbers may give other bits, and small models or busy
     machines want 1. `init` is a warm start: weights, a module, or a file. With `evaluate`, a tenth of each client's
     training rows is set aside where it has no validation data. `device` is "auto", "cpu", "cuda" or "mps". `progress`
-    shows a live table on the terminal (None: where there is one). `latency` gives virtual seconds per assignment.
+    shows a live table on the terminal (None: where there is one). With `privacy.dp`, samples and noise come from the
+    operating system and differ from run to run, whatever the seed. `latency` gives virtual seconds per assignment.
 
     Raises `ConfigError`, `TaskError`, `IncompatibleStrategy` before anything is trained, `RunFailed` where a round
     stays below its quorum.
     """
     names = client_names(clients)
+    if privacy.dp is not None:
+        require_private(strategy, task, task.build(seed), privacy.dp)
     plan_init = _init(init, task)
     _require_counts(workers=workers, threads=1 if threads is None else threads)
     holds_out_valid = evaluate is not None or strategy.needs_valid
@@ -75,6 +80,7 @@ def simulate(
                 seed=seed,
                 init=plan_init,
                 evaluate=evaluate,
+                privacy=privacy,
                 min_clients=len(names),
                 on_round=observer,
             )

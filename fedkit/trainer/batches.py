@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from fedkit import rng
@@ -13,9 +14,20 @@ from fedkit.errors import DataError
 from fedkit.task import Data
 from fedkit.work import BatchSize
 
-__all__ = ["VALID_SHARE", "all_rows", "batches", "row_count", "shuffled", "smallest_class", "split_valid", "to_device"]
+__all__ = [
+    "VALID_SHARE",
+    "all_rows",
+    "batches",
+    "fingerprint",
+    "row_count",
+    "shuffled",
+    "smallest_class",
+    "split_valid",
+    "to_device",
+]
 
 VALID_SHARE = 0.1
+_FINGERPRINTED = 1000
 
 
 def row_count(rows: Dataset[Any]) -> int:
@@ -36,6 +48,29 @@ def smallest_class(targets: Iterable[torch.Tensor]) -> int:
         return len(whole)
     counts = [torch.unique(column, return_counts=True)[1] for column in whole.T]
     return min((int(count.min()) if len(count) > 1 else 0 for count in counts), default=0)
+
+
+def fingerprint(rows: Dataset[Any]) -> str:
+    """A digest (hex) of the number of rows and the bytes of up to a thousand of them, evenly spaced."""
+    count = row_count(rows)
+    total = blake3(str(count).encode())
+    for i in range(0, count, max(count // _FINGERPRINTED, 1)):
+        for value in _values(rows[i]):
+            total.update(value)
+    return total.hexdigest()
+
+
+def _values(row: Any) -> Iterator[bytes]:
+    """The bytes of the numbers in a row; of anything else, only that it is there."""
+    if isinstance(row, Mapping):
+        row = tuple(row.values())
+    if isinstance(row, tuple | list):
+        for part in row:
+            yield from _values(part)
+    elif isinstance(row, torch.Tensor):
+        yield row.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if row.numel() else b"-"
+    else:
+        yield str(row).encode() if isinstance(row, int | float | str) else type(row).__name__.encode()
 
 
 def split_valid(data: Data, seed: int, client: str) -> tuple[Dataset[Any], Dataset[Any]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from fedkit.errors import DataError, IncompatibleStrategy, Reason, Refused
+from fedkit.privacy.accounting import epsilon_of, rdp_of
+from fedkit.privacy.plan import Planned, planned
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.trainer.trainer import ClientState, Trainer
-from fedkit.work import Answer
+from fedkit.work import Answer, Evaluate, Steps, Update
 
 __all__ = ["ClientStore", "LocalClient", "MemoryStore"]
 
@@ -90,6 +93,7 @@ class LocalClient:
         self.name = name
         self.trained = 0
         self.failure: Exception | None = None
+        self._spent: dict[str, list[Steps]] = {}  # by run
         self._trainer = trainer
         self._store = store
 
@@ -107,13 +111,33 @@ class LocalClient:
 
     def _work(self, assignment: Assignment, parcel: Parcel) -> tuple[Answer, ClientState]:
         try:
-            return self._trainer.perform(assignment, parcel, self._store.state())
+            plan = self._planned(assignment)
+            if plan is None:
+                return self._trainer.perform(assignment, parcel, self._store.state())
+            answer, state = self._trainer.perform(
+                assignment, parcel, self._store.state(), plan.training, question=plan.cost
+            )
+            return self._charged(assignment, answer, plan.cost), state
         except (Refused, IncompatibleStrategy):
             raise
         except Exception as error:  # the task's own code runs here, and may raise anything
             self.failure = error
             kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
             raise Refused(Reason.FAILED, f"{kind}{error}") from error
+
+    def _planned(self, assignment: Assignment) -> Planned | None:
+        if assignment.private is None or isinstance(assignment.work, Evaluate):
+            return None
+        return planned(assignment.private, assignment.work, self._trainer.rows(self.name))
+
+    def _charged(self, assignment: Assignment, answer: Answer, steps: Steps) -> Answer:
+        """The answer with what the run has cost so far; a simulated client has no budget but the run's."""
+        assert assignment.private is not None  # there was a plan
+        history = self._spent.setdefault(assignment.run, [])
+        history.append(steps)
+        if not isinstance(answer, Update):
+            return answer
+        return replace(answer, loss=None, epsilon=epsilon_of(rdp_of(history), assignment.private.dp.delta))
 
     def settle(self, accepted: list[str], dropped: list[str]) -> None:
         """A round is durable or abandoned: forget and undo accordingly."""

@@ -1,4 +1,8 @@
-"""The local training loop: plain SGD (or the task's optimiser), FedProx's pull, SCAFFOLD's correction."""
+"""The local training loop: plain SGD (or the task's optimiser), FedProx's pull, SCAFFOLD's correction.
+
+Gradients are those of the batches, or private ones: pull and correction are added after the noise. Both are functions
+of the model and of vectors that came from noisy updates, so they cost no privacy.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import numpy as np
 import torch
 
 from fedkit.errors import DataError, IncompatibleStrategy
+from fedkit.privacy.dpsgd import NoisyGradients
 from fedkit.task import Task
 from fedkit.weights import Binding, Vector
 from fedkit.work import Fit
@@ -18,14 +23,26 @@ __all__ = ["Loop"]
 
 
 class Loop:
-    """Trains a bound module over batches; afterwards `steps`, `lr` and `loss` say what happened."""
+    """Trains a bound module over batches; afterwards `steps`, `lr` and `loss` say what happened.
 
-    def __init__(self, task: Task, module: torch.nn.Module, binding: Binding, fit: Fit, device: torch.device) -> None:
+    With `noisy`, its gradients take the place of the batches', and no loss is told.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        module: torch.nn.Module,
+        binding: Binding,
+        fit: Fit,
+        device: torch.device,
+        noisy: NoisyGradients | None = None,
+    ) -> None:
         self._task = task
         self._module = module
         self._binding = binding
         self._fit = fit
         self._device = device
+        self._noisy = noisy
         self._pulls: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._corrections: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.optimizer = self._optimizer()
@@ -59,14 +76,20 @@ class Loop:
         """One optimiser step a batch."""
         for batch in batches:
             self.optimizer.zero_grad(set_to_none=True)
-            with self._precision():
-                loss = self._task.mean_loss(self._module, batch)
-            self._require_scalar(loss)
-            loss.backward()  # type: ignore[no-untyped-call]
+            if self._noisy is None:
+                self._differentiate(batch)
+            else:
+                self._noisy.write()
             self._adjust()
             self.optimizer.step()
-            self._loss += loss.detach().reshape(())
             self.steps += 1
+
+    def _differentiate(self, batch: Any) -> None:
+        with self._precision():
+            loss = self._task.mean_loss(self._module, batch)
+        self._require_scalar(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._loss += loss.detach().reshape(())
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self._fit.mixed_precision and self._device.type == "cuda":
@@ -89,8 +112,8 @@ class Loop:
             )
 
     def mean_loss(self) -> float | None:
-        """The mean of the batches' losses."""
-        return float(self._loss) / self.steps if self.steps else None
+        """The mean of the batches' losses; None under privacy, which does not cover it."""
+        return float(self._loss) / self.steps if self.steps and self._noisy is None else None
 
     def control(self, received: Vector, trained: Vector, before: Vector, server: Vector) -> Vector:
         """The client's next control variate, option II: c_i - c + (received - trained) / (steps lr)."""

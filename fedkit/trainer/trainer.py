@@ -16,12 +16,17 @@ from fedkit import rng
 from fedkit.errors import ConfigError, DataError, Reason, Refused
 from fedkit.gate import BEFORE, VERDICT, Gate
 from fedkit.metrics import MetricSet
+from fedkit.privacy.clipping import ClippedGradients
+from fedkit.privacy.dpsgd import Done, NoisyGradients, PrivateSteps
+from fedkit.privacy.models import require_private
+from fedkit.privacy.randomness import Randomness
+from fedkit.queries import Moments
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.task import Data, Task
-from fedkit.trainer.batches import all_rows, batches, row_count, shuffled, smallest_class, split_valid
+from fedkit.trainer.batches import all_rows, batches, fingerprint, row_count, shuffled, smallest_class, split_valid
 from fedkit.trainer.loop import Loop
 from fedkit.weights import Binding, Vector, Weights
-from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Summarize, Summary, Update
+from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Steps, Summarize, Summary, Update
 
 __all__ = ["ClientState", "LocalSite", "Trainer", "Watch", "pick_device"]
 
@@ -70,7 +75,7 @@ class Trainer:
 
     `seed` is the run's; `holds_out_valid` sets a tenth of the training rows aside where a client has no validation
     data. `cached_clients` data sets are kept loaded. `watch` learns of each batch before it is used, and ends the
-    work by raising.
+    work by raising. `done` says what came of the last private work, for the site alone.
     """
 
     def __init__(
@@ -96,6 +101,8 @@ class Trainer:
         passing = [buffer for buffer in self._module.buffers() if id(buffer) not in saved]
         self._passing = [(buffer, buffer.detach().clone()) for buffer in passing]
         self.load = lru_cache(maxsize=cached_clients)(self._load)
+        self.done = Done()
+        self._clipped: ClippedGradients | None = None
 
     def _load(self, client: str) -> tuple[Data, Dataset[Any], Dataset[Any] | None]:
         rng.seed_all(rng.seed_for(self._seed, "data", client))
@@ -108,11 +115,30 @@ class Trainer:
             return data, *split_valid(data, self._seed, client)
         return data, data.train, data.valid
 
-    def perform(self, assignment: Assignment, parcel: Parcel, state: ClientState) -> tuple[Answer, ClientState]:
-        """The answer and the client's next state; raises `Refused` where there is no data for the work."""
+    def fingerprint(self, client: str) -> str:
+        """A digest (hex) of the number of training rows and of up to a thousand of them, evenly spaced."""
+        return fingerprint(self.load(client)[1])
+
+    def perform(
+        self,
+        assignment: Assignment,
+        parcel: Parcel,
+        state: ClientState,
+        private: PrivateSteps | None = None,
+        *,
+        question: Steps | None = None,
+    ) -> tuple[Answer, ClientState]:
+        """The answer and the client's next state; raises `Refused` where there is no data for the work.
+
+        With `private`, a `Fit` or `Gradient` is done by `NoisyGradients` and tells no loss. Raises `Refused` where the
+        plan is not what the work means on this data, `IncompatibleStrategy` where it cannot be done privately. With
+        `question`, the answer to a `Summarize` is noised as that step says.
+        """
         work = assignment.work
+        if private is not None:
+            return self._privately(assignment, parcel, state, private)
         if isinstance(work, Summarize):
-            return self._summarize(assignment.client, work), state
+            return self._summarize(assignment.client, work, question), state
         if isinstance(work, Fit) and work.gate is not None:
             return self._fit_gated(assignment, work.gate, parcel, state)
         return self._work(assignment, parcel, state)
@@ -150,13 +176,46 @@ class Trainer:
         data, rows, _ = self.load(at.client)
         count = row_count(rows)
         index = shuffled(count, fit.batch_size, epochs=fit.epochs, steps=fit.steps, seed=seed)
+        stream = self._watched(batches(data, rows, index, self.device), _steps(fit, count))
+        return self._fitted(at, fit, parcel, state, stream)
+
+    def _fitted(
+        self,
+        at: Assignment,
+        fit: Fit,
+        parcel: Parcel,
+        state: ClientState,
+        stream: Iterator[Any],
+        noisy: NoisyGradients | None = None,
+    ) -> tuple[Update, ClientState]:
         received = {name: vector.copy() for name, vector in parcel.extra.items()}
         site = LocalSite(at.client, fit, self.device, state, received)
-        stream = self._watched(batches(data, rows, index, self.device), _steps(fit, count))
-        loss = self._train(stream, site, parcel)
+        loss = self._train(stream, site, parcel, noisy)
         state |= {_LOCAL + name: _array(tensor) for name, tensor in self._binding.read_local().items()}
         result = self._binding.read() if at.returns == "weights" else self._binding.read_change(parcel.model)
-        return Update(result, count, loss, site.sent), state
+        return Update(result, self.rows(at.client), loss, site.sent), state
+
+    def _privately(
+        self, at: Assignment, parcel: Parcel, state: ClientState, plan: PrivateSteps
+    ) -> tuple[Update, ClientState]:
+        work = at.work
+        if not isinstance(work, Fit | Gradient):
+            raise ConfigError(f"{type(work).__name__} is not done in private steps")
+        data, rows, _ = self.load(at.client)
+        plan.require(work, row_count(rows))
+        if self._clipped is None:
+            require_private(self.task, self._module)
+            self._clipped = ClippedGradients(self.task, self._module)
+        self._receive(parcel.model, state)
+        steps = self._watched(iter(range(plan.steps)), plan.steps)
+        with NoisyGradients(self._clipped, plan, data, rows, self.device) as noisy:
+            self.done = noisy.done
+            if isinstance(work, Fit):
+                own = {name: array.copy() for name, array in state.items()}
+                return self._fitted(at, work, parcel, own, steps, noisy)
+            next(steps)
+            noisy.write()
+            return Update(self._taken_gradients(), row_count(rows)), state
 
     def _fit_gated(self, at: Assignment, gate: Gate, parcel: Parcel, state: ClientState) -> tuple[Update, ClientState]:
         """Trains from the received model if the hop that made it keeps to the gate, else from the model before."""
@@ -179,11 +238,13 @@ class Trainer:
     def _watched(self, stream: Iterator[T], total: int = 0) -> Iterator[T]:
         return stream if self._watch is None else _watched(stream, self._watch, total)
 
-    def _train(self, stream: Iterator[Any], site: LocalSite, parcel: Parcel) -> float | None:
+    def _train(
+        self, stream: Iterator[Any], site: LocalSite, parcel: Parcel, noisy: NoisyGradients | None
+    ) -> float | None:
         if self.task.train is not None:
             loss = self.task.train(self._module, stream, site)
             return None if loss is None else float(loss)
-        loop = Loop(self.task, self._module, self._binding, site.fit, self.device)
+        loop = Loop(self.task, self._module, self._binding, site.fit, self.device, noisy)
         loop.pull_to(parcel.model.vector)
         if site.fit.control_variates:
             self._train_controlled(loop, stream, site, parcel)
@@ -207,9 +268,12 @@ class Trainer:
         self._module.zero_grad(set_to_none=True)
         loss = self.task.mean_loss(self._module, next(batches(data, rows, index, self.device)))
         loss.backward()  # type: ignore[no-untyped-call]
+        return Update(self._taken_gradients(), count, float(loss.detach()))
+
+    def _taken_gradients(self) -> Weights:
         gradient = self._binding.read_gradients()
         self._module.zero_grad(set_to_none=True)
-        return Update(gradient, count, float(loss.detach()))
+        return gradient
 
     def rows(self, client: str) -> int:
         """How many rows there are to train on."""
@@ -241,11 +305,17 @@ class Trainer:
                 metrics.update(self._module, batch, count)
         return MetricSums(metrics.sums(), row_count(rows))
 
-    def _summarize(self, client: str, work: Summarize) -> Summary:
+    def _summarize(self, client: str, work: Summarize, steps: Steps | None) -> Summary:
         data, rows, _ = self.load(client)
         columns = (self.task.columns(batch) for batch, _ in all_rows(data, rows, 4096, torch.device("cpu")))
         flat = ((x.reshape(len(x), -1).numpy(), y.numpy()) for x, y in columns)
-        return Summary(work.query.answer(flat), row_count(rows))
+        answer = work.query.answer(flat)
+        if steps is not None:
+            assert isinstance(work.query, Moments)  # the plan has refused everything else
+            assert answer.dtype == np.int64
+            noise = Randomness().normal(len(answer)) * (steps.noise_multiplier * work.query.sensitivity)
+            answer = work.query.noised(answer, noise.numpy())
+        return Summary(answer, row_count(rows))
 
 
 def _steps(fit: Fit, count: int) -> int:

@@ -15,7 +15,8 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedkit.errors import ConfigError
-from fedkit.privacy.accounting import ORDERS, Steps, epsilon_of, noise_for, rdp_of, spent
+from fedkit.privacy.accounting import ORDERS, epsilon_of, noise_for, rdp_of, spent
+from fedkit.work import Steps
 
 DELTA = 1e-5
 noises = st.floats(0.4, 20.0)

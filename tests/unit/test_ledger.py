@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from fedkit.errors import Reason, Refused, StorageError
-from fedkit.privacy.accounting import Steps, epsilon_of, rdp_of
+from fedkit.privacy.accounting import epsilon_of, rdp_of
 from fedkit.privacy.ledger import Budget, Ledger, Reservation
+from fedkit.work import Steps
 
 DELTA = 1e-5
 WIDE = Budget(100.0, DELTA)
@@ -110,14 +111,17 @@ def test_everything_is_there_when_the_ledger_is_opened_again(tmp_path: Path, led
     again.close()
 
 
-def test_two_processes_cannot_spend_the_same_budget(
-    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_cannot_spend_the_same_budget(tmp_path: Path, ledger: Ledger) -> None:
     ledger.reserve(wish(1), WIDE)
-    connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda path, **given: connect(path, **(given | {"timeout": 0.1})))
     with pytest.raises(StorageError, match="end the other agent"):
         Ledger(tmp_path / "ledger.db")
+    looked = Ledger(tmp_path / "ledger.db", look=True)
+    assert looked.accounts() == ledger.accounts()
+    with pytest.raises(StorageError, match="readonly"):
+        looked.reserve(wish(2), WIDE)
+    looked.close()
+    with pytest.raises(StorageError, match="No such file"):
+        Ledger(tmp_path / "none.db", look=True)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,38 @@ def test_only_the_named_version_of_a_task_is_allowed() -> None:
     assert str(rules.objection_to_source("heart", "cd" * 32)) == (f"source of heart: {'cd' * 8} (allowed: {'ab' * 8})")
 
 
+BUDGETED = {"tasks": {"heart": {"data": "cohort-7"}}, "budgets": {"cohort-7": {"epsilon": 3.0, "delta": 1e-4}}}
+SECRET = dataclasses.replace(TRAIN, private=True)
+
+
+@pytest.mark.parametrize(
+    ("rules", "wish", "expected"),
+    [
+        (BUDGETED, SECRET, []),
+        (BUDGETED, SCORE, []),
+        (BUDGETED, TRAIN, ["privacy: none (allowed: differential privacy, as cohort-7 has a budget)"]),
+        (BUDGETED, ASK, ["privacy: none (allowed: differential privacy, as cohort-7 has a budget)"]),
+        ({}, SECRET, ["data set of heart: one without an id (allowed: one that the policy names)"]),
+        (
+            {"tasks": BUDGETED["tasks"]},
+            SECRET,
+            ["privacy of cohort-7: a part of its budget (allowed: none, as it has no budget)"],
+        ),
+    ],
+)
+def test_a_budget_is_for_private_work_and_private_work_needs_one(
+    rules: dict[str, object], wish: Wish, expected: list[str]
+) -> None:
+    assert said(Policy(**rules), wish) == expected
+    assert said(Policy.unrestricted(), SECRET) == []
+
+
+def test_private_work_may_have_small_batches() -> None:
+    wish = dataclasses.replace(SECRET, work=FIT.replace(batch_size=1))
+    assert said(Policy(**BUDGETED), wish) == []
+    assert Policy().objections_to_rows(wish.work, 3, private=True) == []
+
+
 def test_a_data_set_goes_by_the_id_the_site_gave_it_or_by_its_task() -> None:
     rules = Policy(tasks={"heart": TaskRule(data="cohort-7"), "lung": TaskRule()})
     assert [rules.data_of(task) for task in ("heart", "lung", "other")] == ["cohort-7", "lung", "other"]
@@ -221,7 +253,9 @@ def test_a_policy_that_is_not_there_is_an_error_and_not_an_empty_one(tmp_path: P
 # -- the guide ---------------------------------------------------------------------------------------------------------
 
 DOCS = Path(__file__).parents[2] / "docs"
-FIELDS = [field.name for field in dataclasses.fields(Policy) if field.name != "tasks"]
+FIELDS = [
+    field.name for field in dataclasses.fields(Policy) if field.name not in ("tasks", "budgets", "counts_privacy_only")
+]
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "policies").glob("*.toml")), ids=lambda path: path.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fedkit.client.surroundings import LinuxSurroundings, objections_to_moment
 from fedkit.client.visits import Visits
 from fedkit.errors import Refused
 from fedkit.policy import Policy
+from fedkit.privacy.ledger import Ledger
 
 EVERYTHING = Policy(only_on_mains=True, only_unmetered=True, only_idle=True)
 
@@ -142,11 +144,15 @@ def test_a_system_without_these_tools_cannot_tell(tmp_path: Path, monkeypatch: p
 # -- while work goes on ------------------------------------------------------------------------------------------------
 
 
-def permits(tmp_path: Path, device: Told, policy: Policy = EVERYTHING) -> Permits:
-    return Permits(policy, {}, KnownRoster(tmp_path / "roster.json", None), Visits(tmp_path / "visits.db"), device)
+@pytest.fixture
+def permits(tmp_path: Path) -> Iterator[Callable[..., Permits]]:
+    roster, visits = KnownRoster(tmp_path / "roster.json", None), Visits(tmp_path / "visits.db")
+    ledger = Ledger(tmp_path / "ledger.db")
+    yield lambda device, policy=EVERYTHING: Permits(policy, {}, roster, visits, device, ledger)
+    ledger.close()
 
 
-def test_work_ends_when_the_moment_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_ends_when_the_moment_does(permits: Callable[..., Permits], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(permits_module, "_LOOK_S", 0.01)
     device, called_off = Told(True), []
 
@@ -159,13 +165,13 @@ def test_work_ends_when_the_moment_does(tmp_path: Path, monkeypatch: pytest.Monk
             raise
 
     with pytest.raises(Refused, match=r"power: battery \(allowed: mains\)"):
-        asyncio.run(permits(tmp_path, device).during(work()))
+        asyncio.run(permits(device).during(work()))
     assert called_off == [True]
 
 
 @pytest.mark.parametrize("policy", [EVERYTHING, Policy()])
-def test_work_that_may_go_on_ends_with_its_result(tmp_path: Path, policy: Policy) -> None:
+def test_work_that_may_go_on_ends_with_its_result(permits: Callable[..., Permits], policy: Policy) -> None:
     async def work() -> str:
         return "done"
 
-    assert asyncio.run(permits(tmp_path, Told(True), policy).during(work())) == "done"
+    assert asyncio.run(permits(Told(True), policy).during(work())) == "done"

@@ -1,0 +1,75 @@
+"""What one piece of private work will do, before it begins: how much noise, how many steps, at which sampling rate."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+from fedkit.config import DP
+from fedkit.errors import ConfigError, Reason, Refused
+from fedkit.privacy.accounting import noise_for
+from fedkit.privacy.dpsgd import PrivateSteps
+from fedkit.queries import Moments
+from fedkit.rounds.assignment import Private
+from fedkit.work import Evaluate, Steps, Summarize, Work
+
+__all__ = ["QUESTION_SHARE", "Planned", "planned"]
+
+QUESTION_SHARE = 1 / 6  # of epsilon, for one question about the data before training
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What one piece of work costs, and how it is done where it is training."""
+
+    cost: Steps
+    training: PrivateSteps | None = None
+
+
+def planned(private: Private, work: Work, rows: int) -> Planned:
+    """The noisy steps of one piece of work on so many rows.
+
+    In training, q is the batch size over the rows, at most 1; a question is one step over all rows. Where the run gives
+    epsilon, the noise is what all its questions and `private.visits` pieces of this work need to stay within it.
+
+    Raises `Refused` where delta is more than one over the rows, as a row could then be given away outright, and for a
+    question whose answer has no bounds.
+    """
+    dp = private.dp
+    if dp.delta > 1.0 / rows:
+        text = f"delta {dp.delta:g} is more than one over the {rows} rows: at most {1.0 / rows:.2g} makes sense here"
+        raise Refused(Reason.PRIVACY, text)
+    if isinstance(work, Summarize):
+        return Planned(_question(dp, work))
+    if isinstance(work, Evaluate):
+        raise ValueError("scores are not covered by differential privacy")
+    plain = PrivateSteps.of(work, rows, noise_multiplier=0.0, max_grad_norm=dp.max_grad_norm)
+    noise = _noise(dp, plain.q, private.visits * plain.steps, private.questions)
+    training = replace(plain, noise_multiplier=noise)
+    return Planned(training.cost, training)
+
+
+def _question(dp: DP, work: Summarize) -> Steps:
+    if not isinstance(work.query, Moments) or work.query.bounds is None:
+        raise Refused(Reason.PRIVACY, "with differential privacy only moments within public bounds are answered")
+    return Steps(_question_noise(dp), 1.0, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _question_noise(dp: DP) -> float:
+    if dp.noise_multiplier is not None:
+        return dp.noise_multiplier
+    assert dp.epsilon is not None  # DP has one of the two
+    return noise_for(dp.epsilon * QUESTION_SHARE, dp.delta, 1.0, 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _noise(dp: DP, q: float, count: int, questions: int) -> float:
+    if dp.noise_multiplier is not None:
+        return dp.noise_multiplier
+    assert dp.epsilon is not None  # DP has one of the two
+    before = [Steps(_question_noise(dp), 1.0, questions)] if questions else []
+    try:
+        return noise_for(dp.epsilon, dp.delta, q, count, before)
+    except ConfigError as error:
+        raise Refused(Reason.PRIVACY, str(error)) from None
