@@ -18,7 +18,7 @@ from fedkit.loopback import Loopback
 from fedkit.remote import Coordinator, connect
 from fedkit.result import Result
 
-__all__ = ["demonstrated"]
+__all__ = ["demonstrated", "demonstrated_privately"]
 
 
 def demonstrated(names: list[str], out: Path, seed: int, *, in_process: bool, as_json: bool) -> None:
@@ -41,6 +41,44 @@ def demonstrated(names: list[str], out: Path, seed: int, *, in_process: bool, as
         show.print_json(_facts(rows, picture, model, seed, time.monotonic() - began))
     else:
         _conclude(rows, picture, model, first, time.monotonic() - began)
+
+
+def demonstrated_privately(out: Path, seed: int, *, in_process: bool, as_json: bool) -> None:
+    """FedAvg at epsilon 3 between the hospitals, what their ledgers say then, and accuracy against epsilon."""
+    began = time.monotonic()
+    if not as_json:
+        _introduce()
+    with _federation(out, in_process, as_json) as coordinator:
+        result = _trained_privately(seed, as_json, coordinator)
+    costs = result.history[-1].epsilon
+    with show.busy("Accuracy against epsilon, five seeds each, simulated", as_json):
+        seeds = range(seed, seed + 5)
+        curves = {
+            name: {epsilon: compare.private_accuracy(name, epsilon, seeds) for epsilon in compare.EPSILONS}
+            for name in compare.PRIVATE
+        }
+        [without] = compare.private_accuracy("FedAvg", None, [seed])
+        picture = plot.draw_privacy(out / "privacy.png", curves, without)
+    facts = {"epsilon": costs, "delta": compare.DELTA, "accuracy": result.test["accuracy"], "curves": curves}
+    if as_json:
+        show.print_json(facts | {"plot": str(picture), "seconds": round(time.monotonic() - began, 1)})
+        return
+    show.say("\nWhat the run has cost each hospital, by its own ledger:")
+    for hospital, epsilon in costs.items():
+        show.say(f"  {hospital:<12} epsilon {epsilon:.3f} at delta {compare.DELTA:g}")
+    show.say(f"Accuracy   {result.test['accuracy']:.3f} over all test rows; without privacy {without:.3f}")
+    show.say(f"Plot       {picture}")
+    if not in_process:
+        book = out / "federation" / "clients" / HOSPITALS[0] / "ledger.db"
+        show.say(f"\nNext: fedkit privacy report {book} --delta {compare.DELTA:g}")
+
+
+def _trained_privately(seed: int, as_json: bool, coordinator: Coordinator | None) -> Result:
+    strategy, privacy = compare.PRIVATE["FedAvg"], compare.private(compare.SHOWN_EPSILON)
+    if as_json:
+        return compare.train(strategy, seed, None, coordinator, privacy)
+    with show.rounds(f"FedAvg, epsilon {compare.SHOWN_EPSILON:g}", strategy.rounds) as observe:
+        return compare.train(strategy, seed, observe, coordinator, privacy)
 
 
 def _introduce() -> None:

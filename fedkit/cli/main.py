@@ -218,12 +218,18 @@ def demo(
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Simulate the hospitals instead of starting a coordinator and agents.")
     ] = False,
+    dp: Annotated[
+        bool, typer.Option("--dp", help="With differential privacy: FedAvg at epsilon 3, and accuracy against epsilon.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """One model across four hospitals: five strategies compared, a plot, an ONNX file."""
-    from fedkit.cli.demonstrated import demonstrated
+    from fedkit.cli.demonstrated import demonstrated, demonstrated_privately
 
     with edge():
+        if dp:
+            demonstrated_privately(out, seed, in_process=in_process, as_json=as_json)
+            return
         demonstrated(strategy or [], out, seed, in_process=in_process, as_json=as_json)
 
 

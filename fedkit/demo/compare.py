@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from fedkit.config import Evaluation
+from fedkit.config import DP, Evaluation, Privacy
 from fedkit.demo.heart import HOSPITALS, load, task
 from fedkit.errors import ConfigError
 from fedkit.remote import Coordinator
@@ -22,7 +22,23 @@ from fedkit.strategy import Strategy
 from fedkit.task import Data
 from fedkit.work import Fit
 
-__all__ = ["ALONE", "POOLED", "STRATEGIES", "Row", "alone", "pick", "pooled", "row", "train"]
+__all__ = [
+    "ALONE",
+    "DELTA",
+    "EPSILONS",
+    "POOLED",
+    "PRIVATE",
+    "SHOWN_EPSILON",
+    "STRATEGIES",
+    "Row",
+    "alone",
+    "pick",
+    "pooled",
+    "private",
+    "private_accuracy",
+    "row",
+    "train",
+]
 
 ALONE = "Each hospital alone"
 POOLED = "All rows pooled"
@@ -39,6 +55,15 @@ STRATEGIES: dict[str, Strategy] = {
     "CyclicWeightTransfer": CyclicWeightTransfer(rounds=15, local=_fit(0.001)),
     "SingleWeightTransfer": SingleWeightTransfer(local=_fit(0.001, steps=1500)),
     "StochasticWeightTransfer": StochasticWeightTransfer(rounds=20, clients_per_round=3, local=_fit(0.001)),
+}
+
+
+SHOWN_EPSILON = 3.0
+EPSILONS = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
+DELTA = 1e-3  # at most one over the rows of the smallest hospital, which has 30
+PRIVATE: dict[str, Strategy] = {
+    "FedAvg": FedAvg(rounds=15, local=Fit(steps=5, batch_size=64, lr=0.25)),
+    "CyclicWeightTransfer": CyclicWeightTransfer(rounds=15, local=Fit(steps=5, batch_size=32, lr=0.1)),
 }
 
 
@@ -64,6 +89,7 @@ def train(
     seed: int,
     on_round: Callable[[RoundRecord], None] | None = None,
     coordinator: Coordinator | None = None,
+    privacy: Privacy = Privacy(),
 ) -> Result:
     """One strategy over the four hospitals, scored on validation rows about fifteen times on the way.
 
@@ -77,6 +103,7 @@ def train(
             clients=HOSPITALS,
             seed=seed,
             evaluate=evaluate,
+            privacy=privacy,
             threads=1,
             progress=False,
             on_round=on_round,
@@ -86,10 +113,26 @@ def train(
         strategy,
         seed=seed,
         evaluate=evaluate,
+        privacy=privacy,
         min_clients=len(HOSPITALS),
         progress=False,
         on_round=on_round,
     )
+
+
+def private(epsilon: float) -> Privacy:
+    """Example-level differential privacy at every hospital, its statistics for standardisation included."""
+    return Privacy(dp=DP(epsilon=epsilon, delta=DELTA))
+
+
+def private_accuracy(name: str, epsilon: float | None, seeds: Sequence[int]) -> list[float]:
+    """Accuracy over all test rows of one of `PRIVATE`, simulated with each seed; without privacy where it is None."""
+    rule = Privacy() if epsilon is None else private(epsilon)
+    runs = (
+        simulate(task, PRIVATE[name], clients=HOSPITALS, seed=seed, privacy=rule, threads=1, progress=False)
+        for seed in seeds
+    )
+    return [result.test["accuracy"] for result in runs]
 
 
 def row(name: str, result: Result) -> Row:
