@@ -153,12 +153,12 @@ def test_the_private_demo_draws_accuracy_against_epsilon(tmp_path: Path, monkeyp
     from fedkit.cli import app
     from fedkit.demo import compare
 
-    monkeypatch.setattr(compare, "EPSILONS", (3.0, 8.0))
+    monkeypatch.setattr(compare, "EPSILONS", (8.0,))
     found = CliRunner().invoke(app, ["demo", "--dp", "--in-process", "--json", "--out", str(tmp_path)])
     assert found.exit_code == 0, found.output
     facts = json.loads(found.stdout)
     assert set(facts["epsilon"]) == {"cleveland", "hungarian", "switzerland", "va"}
     assert all(2.9 < epsilon <= 3.0 for epsilon in facts["epsilon"].values())
     assert facts["accuracy"] > 0.6
-    assert set(facts["curves"]["FedAvg"]) == {"3.0", "8.0"}
+    assert set(facts["curves"]["FedAvg"]) == {"8.0"}
     assert (tmp_path / "privacy.png").read_bytes().startswith(b"\x89PNG")
