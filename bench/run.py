@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from bench.dp_steps import private_steps
 from bench.network import coordinator_memory, first_round, network_rounds, tls_cost
 from bench.speed import import_time, many_clients, simulated_training
 from bench.table import Figure, show
@@ -17,9 +18,9 @@ from bench.table import Figure, show
 
 def ratios(peer: str | None) -> list[Figure]:
     """All that can be measured here: the peer only where it is installed, a GPU only where there is one."""
-    figures = [import_time(), simulated_training()]
+    figures = [import_time(), simulated_training(), *private_steps()]
     if torch.cuda.is_available():
-        figures.append(simulated_training("cuda"))
+        figures += [simulated_training("cuda"), *private_steps("cuda")]
     return figures + (many_clients(peer) if peer else [])
 
 

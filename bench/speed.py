@@ -17,14 +17,15 @@ from fedkit import rng
 from fedkit.strategies import FedAvg
 from fedkit.trainer.batches import shuffled
 
-__all__ = ["import_time", "many_clients", "simulated_training"]
+__all__ = ["cnn", "import_time", "many_clients", "simulated_training"]
 
 CLIENTS = [f"client-{i}" for i in range(10)]
 ROWS, BATCH, EPOCHS = 600, 32, 1
 PEER = Path(__file__).parent / "peers" / "pfl_rounds.py"
 
 
-def _cnn() -> nn.Module:
+def cnn() -> nn.Module:
+    """Two convolutions and two linear layers, for images of 28 by 28."""
     layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU(), nn.Linear(64, 10))
 
@@ -39,7 +40,7 @@ def simulated_training(device: str = "cpu") -> Figure:
     torch.set_num_threads(1)
     data = {client: _rows(client) for client in CLIENTS}
     task = fedkit.Task(
-        name="cnn", model=_cnn, data=lambda client: fedkit.Data(train=data[client]), loss=nn.CrossEntropyLoss()
+        name="cnn", model=cnn, data=lambda client: fedkit.Data(train=data[client]), loss=nn.CrossEntropyLoss()
     )
     strategy = FedAvg(rounds=2, local=fedkit.Fit(epochs=EPOCHS, batch_size=BATCH, lr=0.05))
 
@@ -55,7 +56,7 @@ def simulated_training(device: str = "cpu") -> Figure:
 def _bare(data: dict[str, tuple[torch.Tensor, torch.Tensor]], device: str) -> None:
     for seed in (1, 2):
         for features, labels in data.values():
-            module = _cnn().to(device)
+            module = cnn().to(device)
             rows, targets = features.to(device), labels.to(device)
             optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
             for index in shuffled(ROWS, BATCH, epochs=EPOCHS, steps=None, seed=seed):

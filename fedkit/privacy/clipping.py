@@ -22,7 +22,7 @@ from fedkit.privacy.layers import is_kept, part_of
 from fedkit.privacy.models import quietly_loaded
 from fedkit.task import Task
 
-__all__ = ["BookKeeping", "Clipped", "ClippedGradients", "Hooks", "NotKept", "Way", "row_losses"]
+__all__ = ["BookKeeping", "Clipped", "ClippedGradients", "Hooks", "Loss", "NotKept", "Way", "row_losses"]
 
 Loss: TypeAlias = Callable[[Any, int], torch.Tensor]  # (batch, how many rows it has) -> the sum of its rows' losses
 
@@ -286,16 +286,20 @@ def _part(batch: Any, row: int) -> Any:
 class ClippedGradients:
     """The clipped sums of one task and module, by the way that fits: book-keeping, else Opacus' hooks.
 
-    Use as a context. Raises `TaskError` where neither gives what a loop over single rows gives, or where a pass changes
-    a buffer: what comes out would depend on other rows, and the clip would bound nothing.
+    Use as a context; `way` is taken instead of the one that fits. Raises `TaskError` where neither gives what a loop
+    over single rows gives, or where a pass changes a buffer: what comes out would depend on other rows, and the clip
+    would bound nothing.
+
+    Opacus' ghost clipping is not among the ways: it takes the models that book-keeping takes, and needs a second
+    backward pass (`bench/dp_steps.py` measures both).
     """
 
-    def __init__(self, task: Task, module: nn.Module) -> None:
+    def __init__(self, task: Task, module: nn.Module, way: Callable[[nn.Module], Way] | None = None) -> None:
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._task = task
         self._module = module
         self._loss = row_losses(task, module)
-        self._way: Way = BookKeeping(module) if BookKeeping.takes(module) else Hooks(module)
+        self._way: Way = (way or (BookKeeping if BookKeeping.takes(module) else Hooks))(module)
         self._proved = False
         self._most_rows = 1
 

@@ -198,8 +198,9 @@ class NoisyGradients:
         sizes = [total.numel() for total in totals]
         flat = torch.cat([total.reshape(-1) for total in totals])
         noise = self._random.normal(len(flat), flat.device)
+        share = 1.0 / self._plan.expected_rows
         spread = self._plan.noise_multiplier * self._plan.max_grad_norm
-        noisy = noise.mul_(spread).add_(flat).div_(self._plan.expected_rows)
+        noisy = noise.mul_(share * spread).add_(flat.to(noise.device), alpha=share)
         for parameter, part in zip(self._parameters, torch.split(noisy.to(flat.dtype), sizes), strict=True):
             parameter.grad = part.view(parameter.shape).to(parameter.dtype)
 

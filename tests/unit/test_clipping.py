@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fedkit
+from bench.dp_steps import Ghost
 from fedkit.errors import TaskError
 from fedkit.privacy import fix
 from fedkit.privacy.clipping import BookKeeping, Clipped, ClippedGradients, Hooks, NotKept, row_losses
@@ -265,6 +266,16 @@ def test_opacus_hooks_give_the_same(name: str) -> None:
     with Hooks(module) as hooks:
         found = hooks.sums(row_losses(task, module), batch, ROWS, clip)
     assert_same(found, one_by_one(task, module, batch, clip))
+
+
+def test_the_ghost_clipping_that_the_bench_measures_gives_the_same() -> None:
+    for name in ("conv, many positions", "linear"):
+        make, inputs, _ = CASES[name]
+        task, batch = task_of(make), (inputs, TARGETS)
+        module = task.build(0)
+        with Ghost(module) as ghost:
+            found = ghost.sums(row_losses(task, module), batch, ROWS, 1.0)
+        assert_same(found, one_by_one(task, module, batch, 1.0))
 
 
 def test_a_way_can_be_attached_again_and_leaves_nothing_behind() -> None:
