@@ -3,7 +3,7 @@
 Two ways to the same numbers. `BookKeeping` needs one backward pass and never holds a gradient a row where that would be
 large; it takes every model whose trainable layers have a recipe in `fedkit.privacy.layers` and are used once a pass.
 `Hooks` leaves the gradients of each row to Opacus and takes the others. `ClippedGradients` picks the way, and proves on
-two rows that it computes what a loop over single rows would.
+a few rows that it computes what a loop over single rows would.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import nn
 
+from fedkit import rng
 from fedkit.errors import TaskError
 from fedkit.privacy.layers import is_kept, part_of
 from fedkit.privacy.models import quietly_loaded
@@ -29,6 +30,7 @@ Loss: TypeAlias = Callable[[Any, int], torch.Tensor]  # (batch, how many rows it
 _SAMPLE = "grad_sample"  # where Opacus leaves a parameter's gradient of each row
 _KEPT_FLOATS = 1 << 26  # 256 MB of what has to be remembered of the rows of one physical batch
 _MOST_ROWS = 256
+_PROOF_ROWS = 4
 _TOLERANCE = 0.02  # of the gradients' length: TensorFloat-32 keeps three digits; a mistake is of the order of one
 
 
@@ -358,29 +360,38 @@ class ClippedGradients:
     # -- the proof -----------------------------------------------------------------------------------------------------
 
     def prove(self, batch_of: Callable[[list[int]], Any], rows: int) -> None:
-        """Compares the first two rows in one batch with each of them alone; raises `TaskError` where they differ.
+        """Compares the first rows in one batch with each of them alone; raises `TaskError` where they differ.
 
-        Once it has shown something, it returns at once. To be called inside the context.
-
-        It does not differ for a model, loss and collate function that treat each row by itself, whatever the rows are,
-        so that nothing about them comes out. Dropout is off meanwhile.
+        Once it has shown something, it returns at once. To be called inside the context. A model, loss and collate
+        function that treat each row by itself never fail, whatever the rows are, so that nothing about them comes out.
+        Dropout is off meanwhile, and what a data set draws at random is the same for both.
         """
         if self._proved:
             return
-        chosen = list(range(min(rows, 2)))
+        chosen = list(range(min(rows, _PROOF_ROWS)))
+        batch_of(chosen[:1])  # a loader that starts may draw something
+        with rng.seeded(0):
+            single = [batch_of([row]) for row in chosen]
+        with rng.seeded(0):
+            together = batch_of(chosen)
         with _still(self._module):
-            with self._detached():
-                expected = [self._alone(batch_of([row])) for row in chosen]
-            agrees = self._agrees(expected, batch_of(chosen))
-            if not agrees and isinstance(self._way, BookKeeping):
-                self._switch()
-                agrees = self._agrees(expected, batch_of(chosen))
+            agrees = self._agree(single, together)
         if not agrees:
             raise TaskError(
-                f"{self._task.name}: two rows in one batch do not have the gradients that each has alone, so no clip "
+                f"{self._task.name}: rows in one batch do not have the gradients that each has alone, so no clip "
                 "bounds what one row can do. The loss must be the mean over the rows of a batch, no layer and no "
                 "collate function may mix rows, and parameters must be used through their own layers"
             )
+
+    def _agree(self, single: list[Any], together: Any) -> bool:
+        with self._detached():
+            expected = [self._alone(batch) for batch in single]
+        if self._agrees(expected, together):
+            return True
+        if isinstance(self._way, BookKeeping):
+            self._switch()
+            return self._agrees(expected, together)
+        return False
 
     @contextlib.contextmanager
     def _detached(self) -> Iterator[None]:

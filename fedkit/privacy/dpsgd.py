@@ -132,7 +132,8 @@ class NoisyGradients:
     operating system's randomness, and from no seed of the run.
 
     Does not protect against: what is sent beside the gradients (counts, metrics, verdicts); a state of the client that
-    was made without noise; a patient with several rows; timing; the memory of this process.
+    was made without noise; a `step` whose loss is a mean over something else than rows where the first rows do not show
+    it, such as over words of rows of equal length; a patient with several rows; timing; the memory of this process.
 
     | input | what happens |
     |---|---|

@@ -43,7 +43,7 @@ def check(model: nn.Module) -> list[str]:
     Guarantee: a model with nothing on this list has no layer that is known to mix rows, or to keep what it saw.
 
     Does not protect against: code of one's own that mixes rows or keeps data, which is found, if at all, where the work
-    begins: two rows in one batch are compared with each of them alone, and buffers must stay as they are.
+    begins: the first rows in one batch are compared with each of them alone, and buffers must stay as they are.
     """
     found = [] if any(p.requires_grad for p in model.parameters()) else ["the model has no parameter to train"]
     for name, layer in model.named_modules():

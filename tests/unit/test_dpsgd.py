@@ -248,6 +248,30 @@ def test_rows_of_any_kind_are_trained_by_a_step_of_ones_own(told: list[list[int]
     assert apart(8 * update.weights, sums_by_hand(plain, model_of(plain), torch.tensor([2, 4, 7]), CLIP)) <= 1e-5
 
 
+class Augmented(Dicts):
+    """Rows that are changed at random whenever they are read."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = load("a").train.tensors
+        return x[index] + torch.randn(4), y[index]
+
+
+def test_rows_that_are_augmented_at_random_prove_that_they_do_not_mix() -> None:
+    first, second = (done(task_of(data=lambda client: fedkit.Data(Augmented())), Gradient())[0] for _ in range(2))
+    assert first.weights != second.weights
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_computes_the_same_and_adds_the_same_noise() -> None:
+    task, work = task_of(), Gradient()
+    trainer, model = Trainer(task, 7, device="cuda"), model_of(task)
+    update = trainer.perform(at(work), Parcel(model), {}, plan_of(work))[0]
+    assert apart(ROWS * update.weights, sums_by_hand(task, model, torch.arange(ROWS), CLIP)) <= 1e-4
+    found = Randomness().normal(100_000, "cuda")
+    assert found.device.type == "cuda"
+    assert chi2.ppf(CHANCE / 2, len(found)) < float(found.square().sum()) < chi2.isf(CHANCE / 2, len(found))
+
+
 # -- what strategies add -----------------------------------------------------------------------------------------------
 
 
@@ -314,7 +338,7 @@ def test_a_model_that_cannot_be_private_is_refused_at_the_client_too() -> None:
     mixing = task_of(loss=lambda out, t: nn.functional.cross_entropy(out - out.mean(), t))
     done(mixing, Gradient())  # the criterion sees each row alone, so it cannot mix them
     summed = task_of(loss=None, step=lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1], reduction="sum"))
-    with pytest.raises(TaskError, match="two rows in one batch"):
+    with pytest.raises(TaskError, match="rows in one batch do not"):
         done(summed, Gradient())
 
 
