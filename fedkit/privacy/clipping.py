@@ -65,8 +65,7 @@ class Way(Protocol):
 
 def _factors_of(norms: torch.Tensor, clip: float) -> torch.Tensor:
     """What each row's gradient is multiplied by: min(1, clip / norm), and 0 where there is no finite norm."""
-    factors = (clip / norms).clamp(max=1.0)
-    return torch.where(norms.isfinite(), torch.where(norms > clip, factors, 1.0), 0.0)
+    return torch.where(norms.isfinite(), (clip / norms).clamp(max=1.0), 0.0)
 
 
 # -- book-keeping ------------------------------------------------------------------------------------------------------

@@ -158,7 +158,6 @@ class NoisyGradients:
         self._batches = batches(data, rows, self._asked(), device)
 
     def __enter__(self) -> NoisyGradients:
-        rng.seed_all(self._random.seed())
         self._clipped.__enter__()
         return self
 

@@ -322,6 +322,16 @@ def test_each_row_has_the_loss_that_it_has_alone(name: str) -> None:
     assert_same(found, one_by_one(task, module, batch, 0.7))
 
 
+def test_a_row_of_many_labels_has_the_mean_of_those_that_are_not_ignored() -> None:
+    targets = torch.randint(3, (ROWS, 5), generator=torch.Generator().manual_seed(4))
+    targets[0, :3] = -100
+    task = task_of(lambda: nn.Sequential(nn.Linear(4, 15), nn.Unflatten(1, (3, 5))))
+    module, batch = task.build(0), (seeded((ROWS, 4)), targets)
+    with ClippedGradients(task, module) as clipped:
+        found = clipped.sums(batch, ROWS, 0.7)
+    assert_same(found, one_by_one(task, module, batch, 0.7))
+
+
 def stepped(model: nn.Module, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(model(batch[0]) + model(2 * batch[0]), batch[1])
 
