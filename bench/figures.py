@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import fedkit
+from bench.accounting import accounting
 from bench.run import arguments, network, ratios
 from bench.table import Figure, show
 from fedkit import rng
@@ -101,7 +102,7 @@ def main() -> None:
     torch.set_num_threads(1)
     given = arguments()
     good = show("Accuracy on real data", heart())
-    good &= show("Differential privacy", private_heart())
+    good &= show("Differential privacy", [*private_heart(), *accounting()])
     good &= show("Equalities", equalities())
     good &= show("Label skew", scaffold())
     good &= show("Speed", ratios(given.pfl))
