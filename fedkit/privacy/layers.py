@@ -19,7 +19,7 @@ __all__ = ["Part", "is_kept", "part_of"]
 
 Sums: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]  # a parameter and a sum of its shape
 
-_CHUNK = 1 << 20  # numbers that are unfolded at a time, so that they stay in the cache
+_CHUNK = 1 << 18  # numbers that are unfolded at a time, so that they stay in the cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,6 +257,12 @@ NOT_BY_OPACUS = {
 }  # it takes zeros, trains the padding, and raises
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("conv")])
+def test_windows_of_a_few_rows_at_a_time_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedkit.privacy.layers._CHUNK", 1)
+    test_every_layer_gives_what_a_loop_over_single_rows_gives(name)
+
+
 @pytest.mark.parametrize("name", sorted(CASES.keys() - NOT_BY_OPACUS))
 def test_opacus_hooks_give_the_same(name: str) -> None:
     make, inputs, _ = CASES[name]
