@@ -59,9 +59,12 @@ _LATER = {
     "connect": "fedkit.remote",
     "simulate": "fedkit.simulation",
 }
+_LATER_MODULES = frozenset({"privacy"})
 
 
 def __getattr__(name: str) -> Any:
+    if name in _LATER_MODULES:
+        return importlib.import_module(f"fedkit.{name}")
     if name not in _LATER:
         raise AttributeError(f"module 'fedkit' has no attribute {name!r}")
     return getattr(importlib.import_module(_LATER[name]), name)

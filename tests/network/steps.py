@@ -147,8 +147,8 @@ def archive_updates(folder: str | None) -> None:
         return
     put, place = Outbox.put, Path(folder)
 
-    def kept(outbox: Outbox, stored: Stored, *, has_state: bool) -> None:
-        put(outbox, stored, has_state=has_state)
+    def kept(outbox: Outbox, stored: Stored, **given: bool) -> None:
+        put(outbox, stored, **given)
         if stored.sums is None:
             shutil.copyfile(outbox.path(stored.id), place / f"{stored.id}.{os.getpid()}")
             facts = {"client": outbox.folder.parent.name, "examples": stored.examples}
