@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import grpc
 
 from fedkit.client.settings import AgentSettings
+from fedkit.config import DP
 from fedkit.policy import Objection, Policy, Wish
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.channels import channel
 from fedkit.protos.failures import meant
 from fedkit.protos.wire import CHANNEL_OPTIONS, Calls
+from fedkit.rounds.assignment import Returns
 from fedkit.runfile import RunFile
 from fedkit.source import source_of
 from fedkit.strategy import Strategy
@@ -69,10 +71,12 @@ def prospect(described: pb.RunDescription, policy: Policy, tasks: Mapping[str, T
     file = RunFile.from_json(described.run_file)
     strategy, task = file.build_strategy(), tasks.get(str(file.run.task))
     clients, aggregation = int(described.clients), described.aggregation or "plain"
+    least = max(clients, file.run.min_clients or 1)  # before so many are there, no round begins
     found = []
-    for wish in _wishes(file, strategy, task, aggregation, clients):
+    for wish in _wishes(file, strategy, task, aggregation, least):
         objections = [*policy.objections(wish), *_to_task(policy, wish, task)]
-        found.append(Request(wish.kind, _words(wish.work), tuple(objections)))
+        noise = _noise(file.privacy.dp) if wish.private else ""
+        found.append(Request(wish.kind, f"{_words(wish.work)}{noise}", tuple(objections)))
     return Prospect(file, described.state, clients, aggregation, task is not None, tuple(found))
 
 
@@ -87,20 +91,31 @@ def _to_task(policy: Policy, wish: Wish, task: Task | None) -> Iterator[Objectio
 
 
 def _wishes(file: RunFile, strategy: Strategy, task: Task | None, aggregation: str, clients: int) -> Iterator[Wish]:
-    about = (str(file.run.task), str(file.strategy["name"]))
-    local, cohort = strategy.local, strategy.asked(clients)
+    local, cohort, private = strategy.local, strategy.asked(clients), file.privacy.dp is not None
+
+    def wish(work: Work, returns: Returns, count: int, *, noised: bool = private) -> Wish:
+        about = (str(file.run.task), str(file.strategy["name"]))
+        return Wish(*about, work, returns, aggregation, count, private=noised)
+
     if task is not None and task.prepare is not None:
-        yield Wish(*about, Summarize(query=task.prepare.query), "sums", aggregation, clients)
+        yield wish(Summarize(query=task.prepare.query), "sums", clients)
     if strategy.uses & {"mean", "updates"}:
-        yield Wish(*about, local, "update", aggregation, cohort)
+        yield wish(local, "update", cohort)
     if "start" in strategy.uses:
-        yield Wish(*about, local, "update", aggregation, 1)
+        yield wish(local, "update", 1)
     if "hop" in strategy.uses:
         gate = getattr(strategy, "gate", None)
-        yield Wish(*about, local if gate is None else local.replace(gate=gate), "weights", aggregation, 1)
+        yield wish(local if gate is None else local.replace(gate=gate), "weights", 1)
     if file.evaluate is not None:
-        yield Wish(*about, Evaluate(), "sums", aggregation, clients)
-    yield Wish(*about, Evaluate(split="test"), "sums", aggregation, clients)
+        yield wish(Evaluate(), "sums", clients, noised=False)
+    yield wish(Evaluate(split="test"), "sums", clients, noised=False)
+
+
+def _noise(dp: DP | None) -> str:
+    if dp is None:
+        return ""
+    how = f"epsilon {dp.epsilon:g}" if dp.epsilon is not None else f"noise {dp.noise_multiplier:g}"
+    return f", privately: {how} at delta {dp.delta:g} over the run"
 
 
 def _words(work: Work) -> str:

@@ -176,6 +176,8 @@ def test_a_site_can_look_at_a_run_before_it_joins(federation: Loopback, monkeypa
             )
             for local in (LOCAL, LOCAL.replace(batch_size=4))
         ]
+        dp = fedkit.Privacy(dp=fedkit.DP(epsilon=2.0, delta=1e-3))
+        coordinator.submit(tasks.plain, FedAvg(rounds=1, local=LOCAL), name="look-private", privacy=dp, min_clients=99)
         good, bad = (checked(federation, name, "ada") for name in names)
     assert (good.exit_code, bad.exit_code) == (0, 1), good.output + bad.output
     assert "4 steps in batches of 8, learning rate 0.1" in good.stdout
@@ -183,6 +185,9 @@ def test_a_site_can_look_at_a_run_before_it_joins(federation: Loopback, monkeypa
     told = json.loads(checked(federation, names[1], "bea", "--json").stdout)
     assert told["welcome"] is True
     assert [(request["kind"], request["objections"]) for request in told["requests"]] == [("fit", []), ("evaluate", [])]
+    secret = checked(federation, "look-private", "bea", "--json")
+    assert "privately: epsilon 2 at delta 0.001" in secret.stdout
+    assert "as it has no budget" in secret.stdout or "without an id" in secret.stdout
     nobody = checked(federation, "no-such-run", "bea")
     assert nobody.exit_code == 1
     assert "there is no run 'no-such-run'" in nobody.stderr
