@@ -79,7 +79,8 @@ class Permits:
         self._require_budget(message, assignment)
         question = blake3(message.summarize.SerializeToString(deterministic=True)).hexdigest()
         data = policy.data_of(task)
-        visit = Visit(assignment.id, assignment.run, assignment.round, wish.kind, data, question)
+        at = (assignment.id, assignment.run, assignment.round)
+        visit = Visit(*at, wish.kind, data, question, is_charged=wish.private)
         self._visits.admit(visit, policy)
 
     def _cohort(self, message: pb.Assignment) -> int | None:

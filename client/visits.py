@@ -29,7 +29,10 @@ _TRAINING = ("fit", "hop", "gradient")
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One assignment: its id, where it belongs, the data set it reads, and a digest of what it asks."""
+    """One assignment: its id, where it belongs, the data set it reads, and a digest of what it asks.
+
+    `is_charged` says that the answer is noised and the ledger accounts for it: the budget bounds such questions.
+    """
 
     id: str
     run: str
@@ -37,6 +40,7 @@ class Visit:
     kind: Kind
     data: str
     question: str
+    is_charged: bool = False
 
 
 class Visits:
@@ -75,7 +79,7 @@ class Visits:
             return policy.rounds_per_day, self._rounds
         if visit.kind == "evaluate":
             return policy.evaluations_per_round, self._evaluations
-        return policy.summaries_per_run, self._summaries
+        return None if visit.is_charged else policy.summaries_per_run, self._summaries
 
     def _rounds(self, visit: Visit) -> int:
         """Other rounds that trained on the same data within 24 hours."""

@@ -45,6 +45,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory):
             running.client_options[:] = ["--policy", str(folder / "ada.toml")] if name == "ada" else []
             running.start_client(name)
         here(running, *CLIENTS)
+        trained(running, FedAvg(rounds=1, local=LOCAL), name="warm", privacy=private(epsilon=0.2))
         yield running
 
 
@@ -160,7 +161,7 @@ def test_what_was_spent_can_be_looked_at_while_the_agent_runs(
     rules = ["--policy", str(federation.folder / "ada.toml")]
     report = CliRunner().invoke(app, ["privacy", "report", path, *rules])
     assert report.exit_code == 0, report.output
-    assert "first." in report.stdout
+    assert "warm." in report.stdout
     assert "Not covered:" in report.stdout
     [told] = json.loads(CliRunner().invoke(app, ["privacy", "budget", path, *rules, "--json"]).stdout)
     assert told["data"] == "cohort-7"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ def test_one_question_about_the_data_is_answered_in_a_run(visits: Visits) -> Non
     assert refused(visits, ask(3, "histogram"), Policy()) == expected
     visits.admit(ask(3, "histogram", data="lung"), Policy())
     visits.admit(ask(3, "histogram", run="two"), Policy())
+
+
+def test_another_question_is_answered_if_it_is_noised_and_charged(visits: Visits) -> None:
+    visits.admit(ask(1, "moments"), Policy())
+    visits.admit(dataclasses.replace(ask(2, "histogram"), is_charged=True), Policy())
+    assert refused(visits, ask(3, "histogram"), Policy())
 
 
 def test_what_was_asked_is_not_forgotten_with_the_process(tmp_path: Path, visits: Visits, clock: Clock) -> None:
