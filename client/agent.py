@@ -326,6 +326,9 @@ class Agent:
             self._permits.reserve(assignment, task, facts)
         except Refused as refused:
             return {"refused": refused.reason.value, "detail": refused.detail}
+        except StorageError as error:  # the worker waits for an answer, and nothing may be spent without a record
+            log.error("privacy not reserved", run=assignment.run, assignment=assignment.id, why=str(error))
+            return {"refused": Reason.FAILED.value, "detail": type(error).__name__}
         return {}
 
     def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None) -> Job:

@@ -62,6 +62,11 @@ class _Died(Exception):
     """The worker process ended before it answered."""
 
 
+def _called_off(_: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a job that nobody waits for any more."""
+    return {"refused": Reason.CANCELLED.value, "detail": "called off"}
+
+
 class _Worker:
     """One worker process and the socket to it."""
 
@@ -80,7 +85,7 @@ class _Worker:
         raw = json.dumps(message).encode()
         self._writer.write(_LENGTH.pack(len(raw)) + raw)
 
-    async def outcome(self, key: str, progress: Progress, reserve: Reserve | None = None) -> dict[str, Any]:
+    async def outcome(self, key: str, progress: Progress, reserve: Reserve = _called_off) -> dict[str, Any]:
         """The outcome of job `key`; raises `_Died`."""
         while True:
             try:
@@ -91,8 +96,7 @@ class _Worker:
             if message["id"] == key and "done" in message:
                 progress(message["done"], message["total"])
             elif "reserve" in message:
-                if message["id"] == key and reserve is not None:
-                    self.send({"reserved": reserve(message["reserve"])})
+                self.send({"reserved": reserve(message["reserve"])})
             elif message["id"] == key:
                 return message
 

@@ -147,15 +147,17 @@ class Ledger:
             self._append({"kind": "data", "data": data, "rows": rows, "fingerprint": fingerprint})
 
     def reserve(self, wish: Reservation, budget: Budget, of_run: Budget | None = None) -> None:
-        """Puts a reservation on disk; returns at once for an assignment that has this very one already.
+        """Puts a reservation on disk; returns at once for an assignment that has this very one open.
 
-        Raises `Refused` where it would go beyond the budget of the data, or of the run (`of_run`), or is another one
-        than the assignment had before.
+        Raises `Refused` where it would go beyond the budget of the data, or of the run (`of_run`), is another one than
+        the assignment had before, or was used up: what was noised and stored once must not be noised again.
         """
         before = self._reserved(wish.assignment)
         if before is not None:
             if before != wish:
                 raise Refused(Reason.PRIVACY, f"assignment {wish.assignment} has another reservation already")
+            if wish.assignment not in self.account(wish.data).open:
+                raise Refused(Reason.PRIVACY, f"assignment {wish.assignment} was done, and its noise is drawn once")
             return
         account = self.account(wish.data)
         self.check(wish, budget)

@@ -66,6 +66,17 @@ def test_what_was_made_counts_once_it_is_known(ledger: Ledger) -> None:
     assert "another reservation" in refused(ledger, wish(1), WIDE)  # its result has left, or is in the outbox
 
 
+def test_what_was_noised_and_stored_once_is_not_noised_again(tmp_path: Path, ledger: Ledger) -> None:
+    ledger.reserve(wish(1), WIDE)
+    ledger.close_reservation(wish(1).assignment)
+    assert "was done" in refused(ledger, wish(1), WIDE)
+    ledger.close()
+    again = Ledger(tmp_path / "ledger.db")
+    assert "was done" in refused(again, wish(1), WIDE)
+    assert again.account("hearts").history == [STEPS]
+    again.close()
+
+
 @pytest.mark.parametrize(("number", "count"), [(2, 1), (1, 101), (1, -1)])
 def test_steps_that_were_never_reserved_are_an_error(ledger: Ledger, number: int, count: int) -> None:
     ledger.reserve(wish(1), WIDE)
