@@ -13,6 +13,7 @@ from bench.proxy import Proxy, Side
 from tests.network import steps, tasks
 from tests.network.gates import here
 from tests.network.hatchery import Hatched
+from tests.network.proxied import Lined
 from tests.network.recomputed import require_recomputed
 from tests.network.test_steps import SEED, STRATEGY
 
@@ -22,15 +23,8 @@ MODEL = 3_000_000  # bytes; two of them and some go each way in a round
 CUTS = [1, 30, 200, 1_000, 9_999, 1 << 16, 400_000, 1 << 20, (1 << 20) + 100, 2_000_000, MODEL, 5_000_000, 2 * MODEL]
 
 
-class Proxied(Hatched):
-    """A federation whose agents reach their coordinator over a bad line only."""
-
-    line: Proxy
-
-    def start_client(self, name: str) -> None:
-        port, self.port = self.port, int(self.line.address.rpartition(":")[2])
-        super().start_client(name)
-        self.port = port
+class Proxied(Lined, Hatched):
+    """Processes that are forked from a warm one, over a bad line."""
 
 
 @pytest.fixture(scope="module")

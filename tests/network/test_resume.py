@@ -12,11 +12,11 @@ import fedkit
 from bench import echo
 from bench.processes import free_port
 from bench.proxy import Proxy
-from fedkit.loopback import Loopback
 from fedkit.strategies import FedAvg
 from tests.network import gates
 from tests.network.conftest import ROOT
 from tests.network.gates import Gate, Running, eventually, here, states
+from tests.network.proxied import Lined
 
 pytestmark = pytest.mark.slow
 
@@ -25,31 +25,20 @@ BYTES = 25_000_000
 STRATEGY = FedAvg(rounds=1, local=fedkit.Fit(steps=1))
 
 
-class Proxied(Loopback):
-    """A federation whose agents reach their coordinator over a bad line only."""
-
-    line: Proxy
-
-    def start_client(self, name: str) -> None:
-        port, self.port = self.port, int(self.line.address.rpartition(":")[2])
-        super().start_client(name)
-        self.port = port
-
-
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lined]:
     folder = tmp_path_factory.mktemp("line")
     environment = {"PYTHONPATH": str(ROOT), gates.FOLDER: str(folder / "gate")}
     Gate(folder / "gate")
     known = ["bench.echo:mb1", "bench.echo:mb25", "tests.network.gates:gated"]
     times = {"heartbeat_s": 0.5, "rejoin_s": 60.0}
-    running = Proxied(folder, known, ["ada"], port=free_port(), environment=environment, **times)
+    running = Lined(folder, known, ["ada"], port=free_port(), environment=environment, **times)
     with Proxy(running.address) as running.line, running:
         here(running, "ada")
         yield running
 
 
-def run(federation: Proxied, task: fedkit.Task) -> fedkit.Result:
+def run(federation: Lined, task: fedkit.Task) -> fedkit.Result:
     with fedkit.connect(federation.address) as coordinator:
         return coordinator.run(task, STRATEGY, min_clients=1, progress=False)
 
@@ -69,7 +58,7 @@ class Cut:
 
 
 @pytest.fixture(scope="module")
-def cut(federation: Proxied) -> Cut:
+def cut(federation: Lined) -> Cut:
     line, draw = federation.line, random.Random(5)
     line.delay_s = 0.0005  # no faster than 128 MB/s, so that no more is on its way than on a real line
     for side in ("up", "down"):
@@ -94,7 +83,7 @@ def test_a_line_that_breaks_changes_no_bit(cut: Cut) -> None:
     assert cut.result.history[0].bytes_up == BYTES
 
 
-def test_a_slow_line_is_not_taken_for_a_dead_one(federation: Proxied) -> None:
+def test_a_slow_line_is_not_taken_for_a_dead_one(federation: Lined) -> None:
     line, before = federation.line, dict(federation.line.count)
     line.delay_s = 0.02  # 25 MB take 8 s, and the buffers on the way hold more than two heartbeats
     connected = events(federation, "connected")
@@ -108,7 +97,7 @@ def test_a_slow_line_is_not_taken_for_a_dead_one(federation: Proxied) -> None:
     assert result.weights == expected(echo.mb25)
 
 
-def test_a_line_that_falls_silent_is_noticed_on_both_sides_and_changes_no_bit(federation: Proxied) -> None:
+def test_a_line_that_falls_silent_is_noticed_on_both_sides_and_changes_no_bit(federation: Lined) -> None:
     gate = Gate(federation.folder / "gate")
     gate.hold("ada")
     running = Running(federation, gates.gated, rounds=2, min_clients=1)
@@ -124,6 +113,6 @@ def test_a_line_that_falls_silent_is_noticed_on_both_sides_and_changes_no_bit(fe
     assert len(gate.trainings("ada")) == 2
 
 
-def events(federation: Proxied, event: str) -> int:
+def events(federation: Lined, event: str) -> int:
     """How often the agent has logged this."""
     return (federation.folder / "logs" / "ada.log").read_text().count(f'"event": "{event}"')
