@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 import fedkit
 from fedkit.cli import show
 from fedkit.cli.main import app
-from fedkit.errors import IncompatibleStrategy, Reason
+from fedkit.errors import IncompatibleStrategy, Reason, RefusalWarning
 from fedkit.loopback import Loopback
 from fedkit.privacy.accounting import epsilon_of, rdp_of
 from fedkit.privacy.ledger import Ledger
@@ -151,6 +153,18 @@ def test_a_restart_forgets_nothing(federation: Loopback) -> None:
     after = ledger(federation, "ada")
     assert (after.accounts(), after.head) == (accounts, head)
     after.close()
+
+
+def test_a_ledger_that_cannot_be_written_costs_the_assignment_and_nothing_else(federation: Loopback) -> None:
+    strategy, privacy = FedAvg(rounds=1, local=LOCAL), private(epsilon=0.1)
+    with contextlib.closing(sqlite3.connect(federation.folder / "clients" / "bea" / "ledger.db")) as book:
+        book.execute("CREATE TRIGGER full BEFORE INSERT ON entries BEGIN SELECT RAISE(ABORT, 'disk full'); END")
+        with pytest.warns(RefusalWarning, match="bea: StorageError"):
+            result = trained(federation, strategy, privacy=privacy)
+        assert why(result, "bea") == {(Reason.FAILED, "StorageError")}
+        assert result.history[0].clients == ("ada", "cyd")
+        book.execute("DROP TRIGGER full")
+    assert why(trained(federation, strategy, privacy=privacy), "bea") == set()
 
 
 def test_what_was_spent_can_be_looked_at_while_the_agent_runs(
