@@ -14,6 +14,7 @@ from blake3 import blake3
 from fedkit.client.roster import KnownRoster
 from fedkit.client.surroundings import Surroundings, objections_to_moment
 from fedkit.client.visits import Visit, Visits
+from fedkit.errors import Reason, Refused
 from fedkit.policy import Policy, Wish, refuse
 from fedkit.privacy.ledger import Budget, Ledger, Reservation
 from fedkit.privacy.plan import planned
@@ -58,12 +59,15 @@ class Permits:
         """Raises `Refused` unless the policy allows the assignment, which then counts as asked."""
         self._roster.require(message.roster_version, message.roster_digest)
         policy, task = self.policy, message.task
+        aggregation = message.aggregation or "plain"
+        if aggregation != "plain":  # to add up in another way takes this side too: the coordinator's word is not enough
+            raise Refused(Reason.POLICY, f"aggregation: this agent can answer in plain only, not {aggregation:.20}")
         wish = Wish(
             task=task,
             strategy=message.strategy,
             work=assignment.work,
             returns=assignment.returns,
-            aggregation=message.aggregation or "plain",
+            aggregation=aggregation,
             cohort=self._cohort(message),
             private=assignment.private is not None,
         )
@@ -101,6 +105,7 @@ class Permits:
         assert private is not None  # only private work asks
         dp, rule = private.dp, self.policy.budgets.get(data)
         budget = Budget(math.inf, dp.delta) if rule is None else Budget(rule.epsilon, rule.delta)
+        _require_delta(budget, data, facts["rows"])
         of_run = None if dp.epsilon is None else Budget(dp.epsilon, dp.delta)
         steps = Steps(**facts["steps"])
         self.ledger.identify(data, facts["rows"], facts["fingerprint"])
@@ -141,6 +146,13 @@ class Permits:
         while True:
             await asyncio.sleep(_LOOK_S)
             refuse(await asyncio.to_thread(lambda: list(objections_to_moment(self.policy, self._surroundings))))
+
+
+def _require_delta(budget: Budget, data: str, rows: int) -> None:
+    """Raises `Refused` where the budget's delta is so large that a row could be given away outright."""
+    if budget.delta > 1.0 / rows:
+        text = f"the budget of {data} has delta {budget.delta:g}, and its {rows} rows allow at most {1.0 / rows:.2g}"
+        raise Refused(Reason.PRIVACY, text)
 
 
 async def _ended(*tasks: asyncio.Future[Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedkit.errors import StorageError
+from fedkit.errors import Reason, Refused, StorageError
 from fedkit.policy import Kind, Objection, Policy, refuse
 
 __all__ = ["Visit", "Visits"]
@@ -66,9 +66,14 @@ class Visits:
         if limit is None:
             return
         with self._told():
-            if self._db.execute("SELECT 1 FROM visits WHERE id = ?", (visit.id,)).fetchone():
-                return
+            columns = "run, round, kind, data, question"
+            before = self._db.execute(f"SELECT {columns} FROM visits WHERE id = ?", (visit.id,)).fetchone()  # noqa: S608
             found = count(visit)
+        about = (visit.run, visit.round, visit.kind, visit.data, visit.question)
+        if before is not None and before != about:
+            raise Refused(Reason.POLICY, f"assignment {visit.id} stands for something else than it stood for before")
+        if before is not None:
+            return
         refuse([Objection(_RULES[visit.kind], str(found + 1), f"at most {limit}") if found >= limit else None])
         with self._told():
             row = (visit.id, visit.run, visit.round, visit.kind, visit.data, visit.question, self._clock())

@@ -102,7 +102,7 @@ class _Worker:
         self._jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._reserved: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._cancelled: set[str] = set()
-        self._trainers: dict[tuple[str, bool], Trainer] = {}
+        self._trainers: dict[tuple[str, str, int, bool], Trainer] = {}
         self._manifests: dict[str, Manifest] = {}
         self._current = ""
         self._told = 0.0
@@ -181,7 +181,7 @@ class _Worker:
         return _read_parcel(job["model"], manifest, extras)
 
     def _trainer(self, message: pb.Assignment) -> Trainer:
-        key = (message.run, message.holds_out_valid)
+        key = (message.run, message.task, message.seed, message.holds_out_valid)  # all that a trainer is made from
         found = self._trainers.pop(key, None)
         if found is None:
             task = self._outfit.tasks.get(message.task)

@@ -101,6 +101,18 @@ def test_what_was_asked_is_not_forgotten_with_the_process(tmp_path: Path, visits
     assert refused(again, ask(2, "histogram"), Policy())
 
 
+def test_an_id_that_was_given_to_something_else_is_refused(visits: Visits) -> None:
+    policy = Policy(rounds_per_day=1)
+    visits.admit(fit(1), policy)
+    for other in (
+        dataclasses.replace(score(1), id=fit(1).id),
+        dataclasses.replace(fit(2), id=fit(1).id),
+        dataclasses.replace(ask(1, "moments"), id=fit(1).id),
+    ):
+        assert "stands for something else" in refused(visits, other, policy)
+    visits.admit(fit(1), policy)
+
+
 def test_what_is_refused_is_not_counted(visits: Visits) -> None:
     policy = Policy(rounds_per_day=1)
     visits.admit(fit(1), policy)
