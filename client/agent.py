@@ -302,6 +302,9 @@ class Agent:
             job, report = self._job(message, fetched), functools.partial(self._report, message.id)
             performing = perform(job, report, functools.partial(self._reserve, assignment, message.task))
             outcome = await self._permits.during(performing)
+        is_private = assignment.private is not None
+        if is_private:  # whatever is said now, and be it a refusal, came of this noise: it is not drawn again
+            self._permits.ledger.close_reservation(message.id)
         if "refused" in outcome:
             self._log_failure(message, outcome)
             raise Refused(Reason(outcome["refused"]), outcome["detail"])
@@ -309,13 +312,10 @@ class Agent:
             text = f"{outcome['examples']} rows, but max_examples is {self._settings.max_examples}: raise it"
             raise Refused(Reason.EXAMPLES, text)
         facts = {name: outcome[name] for name in Stored.__slots__ if name in outcome}
-        is_private = assignment.private is not None
         if is_private and "manifest" in facts:
             facts |= {"loss": None, "epsilon": self._permits.cost(assignment, message.task)}
         stored = Stored(**(facts | {"id": message.id, "run": message.run}))
         self._outbox.put(stored, has_state=outcome["has_state"], durable=is_private)
-        if is_private:
-            self._permits.ledger.close_reservation(message.id)
         asked = {"work": message.WhichOneof("work"), "model": message.model_digest.hex()}
         about = _about(message, self._settings.name)
         log.info("stored", **about, **asked, bytes=stored.payload_bytes, result=stored.digest)

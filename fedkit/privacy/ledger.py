@@ -1,8 +1,8 @@
 """A client's durable record of the privacy its data has cost: events, and never only an epsilon, across runs.
 
-A reservation is on disk before the first noisy step of an assignment. It counts in full until it is reconciled with the
-steps that were made, so that whatever happens in between, nothing is counted too low. One assignment has one
-reservation, however often it is asked for.
+A reservation is on disk before the first noisy step of an assignment, and counts in full from then on, so that whatever
+happens later, nothing is counted too low. One assignment has one reservation, however often it is asked for, until its
+work has ended: then it is closed, and nothing is noised under it again.
 
 Entries are only ever appended. Each carries the BLAKE3 digest of its own text behind the digest of the entry before, so
 that one that is altered, removed or moved is found when the ledger is opened.
@@ -68,7 +68,7 @@ class Account:
     rows: int = 0
     fingerprint: str = ""
     reservations: tuple[Reservation, ...] = ()
-    open: frozenset[str] = frozenset()  # assignments whose steps are not known yet, and count in full
+    open: frozenset[str] = frozenset()  # assignments whose work has not ended
 
     @property
     def history(self) -> list[Steps]:
@@ -107,8 +107,8 @@ class Ledger:
             self._head = _chained(self._head, body)
             if seq != number or digest != self._head:
                 raise StorageError(
-                    f"{self._path}: entry {number} was altered, removed or moved: put back a copy of the ledger. Until "
-                    "then no privacy can be spent here"
+                    f"{self._path}: entry {number} was altered, removed or moved: put back the newest copy, whose "
+                    "digest must be the last that the audit log has of it. Until then no privacy can be spent here"
                 )
             self._take(json.loads(body))
 
@@ -170,22 +170,11 @@ class Ledger:
         if self._reserved(wish.assignment) is None:
             _require(wish, self.account(wish.data).history, budget, wish.data)
 
-    def reconcile(self, assignment: str, count: int) -> None:
-        """The steps that were made of a reservation: fewer than reserved cost less, more there cannot be.
-
-        Raises `ValueError` for an assignment without a reservation or more steps than it has.
-        """
-        wish = self._reserved(assignment)
-        if wish is None or not 0 <= count <= wish.steps.count:
-            raise ValueError(f"assignment {assignment} has no reservation of {count} steps")
-        if assignment in self.account(wish.data).open:
-            self._append({"kind": "made", "assignment": assignment, "count": count})
-
     def close_reservation(self, assignment: str) -> None:
-        """All steps of the reservation were made, and their result is stored."""
+        """The work under it has ended, with a result or a refusal. Nothing happens where there is none, or no more."""
         wish = self._reserved(assignment)
-        if wish is not None:
-            self.reconcile(assignment, wish.steps.count)
+        if wish is not None and assignment in self.account(wish.data).open:
+            self._append({"kind": "closed", "assignment": assignment, "data": wish.data})
 
     def _reserved(self, assignment: str) -> Reservation | None:
         account = self._accounts.get(self._places.get(assignment, ""))
@@ -203,8 +192,7 @@ class Ledger:
 
     def _take(self, entry: dict[str, Any]) -> None:
         """Makes the entry count."""
-        kind = entry["kind"]
-        data = self._places[entry["assignment"]] if kind == "made" else entry["data"]
+        kind, data = entry["kind"], entry["data"]
         account = self.account(data)
         if kind == "data":
             account = replace(account, rows=entry["rows"], fingerprint=entry["fingerprint"])
@@ -216,8 +204,7 @@ class Ledger:
             )
             self._places[wish.assignment] = data
         else:
-            made = [_made(one, entry) for one in account.reservations]
-            account = replace(account, reservations=tuple(made), open=account.open - {entry["assignment"]})
+            account = replace(account, open=account.open - {entry["assignment"]})
         self._accounts[data] = account
 
     def close(self) -> None:
@@ -243,12 +230,6 @@ def _require(wish: Reservation, history: list[Steps], budget: Budget, whose: str
             f"{_down(left)} are left"
         )
         raise Refused(Reason.PRIVACY, text)
-
-
-def _made(one: Reservation, entry: dict[str, Any]) -> Reservation:
-    if one.assignment != entry["assignment"]:
-        return one
-    return replace(one, steps=replace(one.steps, count=entry["count"]))
 
 
 def _chained(head: bytes, body: str) -> bytes:

@@ -24,7 +24,7 @@ class RunCost:
 
     run: str
     assignments: int
-    open: int  # of them, counted in full because nobody knows yet how far they came
+    open: int  # of them, those whose work has not ended
     steps: int
     noise_multipliers: tuple[float, ...]
     sampling_rates: tuple[float, ...]

@@ -57,15 +57,6 @@ def test_an_assignment_has_one_reservation_however_often_it_is_asked(ledger: Led
     assert "another reservation" in refused(ledger, wish(1, Steps(1.0, 0.1, 50)), WIDE)
 
 
-def test_what_was_made_counts_once_it_is_known(ledger: Ledger) -> None:
-    ledger.reserve(wish(1), WIDE)
-    ledger.reconcile(wish(1).assignment, 40)
-    ledger.reconcile(wish(1).assignment, 0)  # it was known already
-    assert ledger.account("hearts").history == [Steps(1.0, 0.1, 40)]
-    assert ledger.account("hearts").open == frozenset()
-    assert "another reservation" in refused(ledger, wish(1), WIDE)  # its result has left, or is in the outbox
-
-
 def test_what_was_noised_and_stored_once_is_not_noised_again(tmp_path: Path, ledger: Ledger) -> None:
     ledger.reserve(wish(1), WIDE)
     ledger.close_reservation(wish(1).assignment)
@@ -77,11 +68,9 @@ def test_what_was_noised_and_stored_once_is_not_noised_again(tmp_path: Path, led
     again.close()
 
 
-@pytest.mark.parametrize(("number", "count"), [(2, 1), (1, 101), (1, -1)])
-def test_steps_that_were_never_reserved_are_an_error(ledger: Ledger, number: int, count: int) -> None:
-    ledger.reserve(wish(1), WIDE)
-    with pytest.raises(ValueError, match="no reservation of"):
-        ledger.reconcile(wish(number).assignment, count)
+def test_ending_what_was_never_reserved_does_nothing(ledger: Ledger) -> None:
+    ledger.close_reservation(wish(1).assignment)
+    assert ledger.head == "00" * 32
 
 
 def test_a_wish_beyond_the_budget_is_refused_with_both_numbers_and_leaves_no_trace(ledger: Ledger) -> None:
@@ -114,7 +103,7 @@ def test_everything_is_there_when_the_ledger_is_opened_again(tmp_path: Path, led
     ledger.identify("hearts", 300, "aa")
     for number in range(3):
         ledger.reserve(wish(number, run=f"run-{number}"), WIDE)
-    ledger.reconcile(wish(1).assignment, 7)
+    ledger.close_reservation(wish(1).assignment)
     accounts, head = ledger.accounts(), ledger.head
     ledger.close()
     again = Ledger(tmp_path / "ledger.db")
@@ -194,11 +183,11 @@ class Spending(RuleBasedStateMachine):
     def ask_again(self, one: Reservation) -> None:
         self._ledger.reserve(one, WIDE)
 
-    @rule(one=consumes(asked), share=st.floats(0.0, 1.0))
-    def end(self, one: Reservation, share: float) -> None:
-        count = int(share * one.steps.count)
-        self._ledger.reconcile(one.assignment, count)
-        self._made[one.assignment] = Steps(one.steps.noise_multiplier, 0.1, count)
+    @rule(one=consumes(asked))
+    def end(self, one: Reservation) -> None:
+        self._ledger.close_reservation(one.assignment)
+        with pytest.raises(Refused):
+            self._ledger.reserve(one, WIDE)
 
     @rule()
     def die(self) -> None:
