@@ -296,7 +296,7 @@ class Agent:
     async def _work(self, errand: _Errand) -> None:
         message = errand.message
         assignment = convert.assignment_from_proto(message, self._settings.name)
-        self._permits.admit(message, assignment)
+        await self._permits.admit(message, assignment)
         async with self._trainers.place() as perform:
             fetched = await self._fetch(errand) if message.model_bytes else None
             job, report = self._job(message, fetched), functools.partial(self._report, message.id)
@@ -304,7 +304,8 @@ class Agent:
             outcome = await self._permits.during(performing)
         is_private = assignment.private is not None
         if is_private:  # whatever is said now, and be it a refusal, came of this noise: it is not drawn again
-            self._permits.ledger.close_reservation(message.id)
+            counts = (outcome.get("clipped", 0), outcome.get("gradients", 0))
+            self._permits.ledger.close_reservation(message.id, *counts)
         if "refused" in outcome:
             self._log_failure(message, outcome)
             raise Refused(Reason(outcome["refused"]), outcome["detail"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import math
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import structlog
@@ -15,7 +15,7 @@ from fedkit.client.roster import KnownRoster
 from fedkit.client.surroundings import Surroundings, objections_to_moment
 from fedkit.client.visits import Visit, Visits
 from fedkit.errors import Reason, Refused
-from fedkit.policy import Policy, Wish, refuse
+from fedkit.policy import Objection, Policy, Wish, kind_of, refuse
 from fedkit.privacy.ledger import Budget, Ledger, Reservation
 from fedkit.privacy.plan import planned
 from fedkit.protos import agents_pb2 as pb
@@ -24,9 +24,9 @@ from fedkit.rounds.assignment import Assignment
 from fedkit.source import source_of
 from fedkit.task import Task
 from fedkit.trust.vouchers import vouched
-from fedkit.work import Evaluate, Steps
+from fedkit.work import Evaluate, Steps, Work
 
-__all__ = ["Permits"]
+__all__ = ["Permits", "objections_to_code"]
 
 log = structlog.get_logger("fedkit.client")
 
@@ -54,9 +54,19 @@ class Permits:
         self._roster = roster
         self._visits = visits
         self._surroundings = surroundings
+        self._counted: set[str] = set()  # data sets whose rows the ledger knows as they are now
 
-    def admit(self, message: pb.Assignment, assignment: Assignment) -> None:
-        """Raises `Refused` unless the policy allows the assignment, which then counts as asked."""
+    async def admit(self, message: pb.Assignment, assignment: Assignment) -> None:
+        """Raises `Refused` unless the policy allows the assignment, now too, which then counts as asked."""
+        self._require(message, assignment)
+        await self._require_moment(at_work=False)
+        question = blake3(message.summarize.SerializeToString(deterministic=True)).hexdigest()
+        at = (assignment.id, assignment.run, assignment.round)
+        kind, data = kind_of(assignment.work, assignment.returns), self.policy.data_of(message.task)
+        visit = Visit(*at, kind, data, question, is_charged=assignment.private is not None)
+        self._visits.admit(visit, self.policy)
+
+    def _require(self, message: pb.Assignment, assignment: Assignment) -> None:
         self._roster.require(message.roster_version, message.roster_digest)
         policy, task = self.policy, message.task
         aggregation = message.aggregation or "plain"
@@ -74,18 +84,11 @@ class Permits:
         refuse(
             [
                 *policy.objections(wish),
-                policy.objection_to_source(task, self._sources.get(task, "")),
-                policy.objection_to_metrics(self._metrics(assignment, task)),
+                *objections_to_code(policy, self._tasks.get(task), self._sources.get(task, ""), assignment.work),
                 policy.objection_to_time(dt.datetime.now()),
-                *objections_to_moment(policy, self._surroundings),
             ]
         )
         self._require_budget(message, assignment)
-        question = blake3(message.summarize.SerializeToString(deterministic=True)).hexdigest()
-        data = policy.data_of(task)
-        at = (assignment.id, assignment.run, assignment.round)
-        visit = Visit(*at, wish.kind, data, question, is_charged=wish.private)
-        self._visits.admit(visit, policy)
 
     def _cohort(self, message: pb.Assignment) -> int | None:
         """The members asked together, this site among them, by what its own roster says of their vouchers."""
@@ -93,11 +96,6 @@ class Permits:
         if known is None or self.policy.min_cohort <= 1:
             return None
         return len(vouched(vouchers_from_proto(message.cohort), known) | {self._roster.name})
-
-    def _metrics(self, assignment: Assignment, task: str) -> list[str]:
-        if not isinstance(assignment.work, Evaluate) or task not in self._tasks:
-            return []
-        return ["loss", *self._tasks[task].metrics]
 
     def reserve(self, assignment: Assignment, task: str, facts: Mapping[str, Any]) -> None:
         """Puts what private work may spend on disk, before its first step; raises `Refused`."""
@@ -109,6 +107,7 @@ class Permits:
         of_run = None if dp.epsilon is None else Budget(dp.epsilon, dp.delta)
         steps = Steps(**facts["steps"])
         self.ledger.identify(data, facts["rows"], facts["fingerprint"])
+        self._counted.add(data)
         wish = Reservation(assignment.id, assignment.run, data, steps, dp.max_grad_norm)
         self.ledger.reserve(wish, budget, of_run)
         log.info("privacy reserved", run=assignment.run, assignment=assignment.id, data=data, head=self.ledger.head)
@@ -120,19 +119,19 @@ class Permits:
         return account.spent(assignment.private.dp.delta, run=assignment.run, tight=False).rdp
 
     def _require_budget(self, message: pb.Assignment, assignment: Assignment) -> None:
-        """Refuses what is beyond the budget before data is touched, where the ledger knows how many rows there are."""
+        """Refuses what is beyond the budget before data is touched, where it is known how many rows there are."""
         account = self.ledger.account(self.policy.data_of(message.task))
         rule, private, work = self.policy.budgets.get(account.data), assignment.private, assignment.work
-        if private is None or rule is None or not account.rows:
+        if private is None or rule is None or account.data not in self._counted:
             return
+        _require_delta(Budget(rule.epsilon, rule.delta), account.data, account.rows)
         steps = planned(private, work, account.rows).cost
         wish = Reservation(assignment.id, assignment.run, account.data, steps, private.dp.max_grad_norm)
         self.ledger.check(wish, Budget(rule.epsilon, rule.delta))
 
     async def during(self, work: Awaitable[T]) -> T:
         """What `work` gives; it is cancelled, and `Refused` raised, once the moment is no longer right for it."""
-        policy = self.policy
-        if not (policy.only_on_mains or policy.only_unmetered or policy.only_idle):
+        if not self._looks:
             return await work
         task = asyncio.ensure_future(work)
         looking = asyncio.create_task(self._looking())
@@ -145,7 +144,27 @@ class Permits:
     async def _looking(self) -> Any:
         while True:
             await asyncio.sleep(_LOOK_S)
-            refuse(await asyncio.to_thread(lambda: list(objections_to_moment(self.policy, self._surroundings))))
+            await self._require_moment(at_work=True)
+
+    @property
+    def _looks(self) -> bool:
+        """Whether the policy asks anything of the moment."""
+        return self.policy.only_on_mains or self.policy.only_unmetered or self.policy.only_idle
+
+    async def _require_moment(self, *, at_work: bool) -> None:
+        if self._looks:  # aside, because the tools that are asked may take their time
+            found = objections_to_moment(self.policy, self._surroundings, at_work=at_work)
+            refuse(await asyncio.to_thread(list, found))
+
+
+def objections_to_code(policy: Policy, task: Task | None, source: str, work: Work) -> Iterator[Objection]:
+    """What the policy objects to in a task's own code: another version than it allows, scores that may not leave."""
+    if task is None:
+        return
+    scored = ["loss", *task.metrics] if isinstance(work, Evaluate) else []
+    for objection in (policy.objection_to_source(task.name, source), policy.objection_to_metrics(scored)):
+        if objection is not None:
+            yield objection
 
 
 def _require_delta(budget: Budget, data: str, rows: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from fedkit.client.permits import objections_to_code
 from fedkit.client.settings import AgentSettings
 from fedkit.config import DP
 from fedkit.policy import Objection, Policy, Wish
@@ -72,22 +73,13 @@ def prospect(described: pb.RunDescription, policy: Policy, tasks: Mapping[str, T
     strategy, task = file.build_strategy(), tasks.get(str(file.run.task))
     clients, aggregation = int(described.clients), described.aggregation or "plain"
     least = max(clients, file.run.min_clients or 1)  # before so many are there, no round begins
+    source = source_of(task) if task is not None and task.name in policy.tasks else ""
     found = []
     for wish in _wishes(file, strategy, task, aggregation, least):
-        objections = [*policy.objections(wish), *_to_task(policy, wish, task)]
+        objections = [*policy.objections(wish), *objections_to_code(policy, task, source, wish.work)]
         noise = _noise(file.privacy.dp) if wish.private else ""
         found.append(Request(wish.kind, f"{_words(wish.work)}{noise}", tuple(objections)))
     return Prospect(file, described.state, clients, aggregation, task is not None, tuple(found))
-
-
-def _to_task(policy: Policy, wish: Wish, task: Task | None) -> Iterator[Objection]:
-    if task is None:
-        return
-    metrics = ["loss", *task.metrics] if isinstance(wish.work, Evaluate) else []
-    source = source_of(task) if task.name in policy.tasks else ""
-    for objection in (policy.objection_to_source(task.name, source), policy.objection_to_metrics(metrics)):
-        if objection is not None:
-            yield objection
 
 
 def _wishes(file: RunFile, strategy: Strategy, task: Task | None, aggregation: str, clients: int) -> Iterator[Wish]:

@@ -32,17 +32,25 @@ class Surroundings(Protocol):
         """Whether its network costs nothing by volume."""
         ...
 
-    def is_idle(self) -> bool | None:
-        """Whether nobody uses it, and it has little else to do."""
+    def is_unused(self) -> bool | None:
+        """Whether nobody uses it."""
+        ...
+
+    def has_time(self) -> bool | None:
+        """Whether it has little else to do."""
         ...
 
 
-def objections_to_moment(policy: Policy, now: Surroundings) -> Iterator[Objection]:
-    """What a policy for devices objects to at this moment; what cannot be told is as good as a no."""
+def objections_to_moment(policy: Policy, now: Surroundings, *, at_work: bool = False) -> Iterator[Objection]:
+    """What a policy for devices objects to at this moment; what cannot be told is as good as a no.
+
+    `at_work` says that this agent trains already, so that the device is busy for that reason alone.
+    """
     wanted = (
         (policy.only_on_mains, now.on_mains, "power", "battery", "mains"),
         (policy.only_unmetered, now.is_unmetered, "network", "a metered one", "an unmetered one"),
-        (policy.only_idle, now.is_idle, "device", "in use", "idle"),
+        (policy.only_idle, now.is_unused, "device", "in use", "idle"),
+        (policy.only_idle and not at_work, now.has_time, "load", "high", "low"),
     )
     for asked, state, rule, bad, good in wanted:
         found = state() if asked else True
@@ -74,13 +82,15 @@ class LinuxSurroundings:
         found = _asked("busctl", "--system", "get-property", *owner, owner[0], "Metered").split()
         return found[-1] in ("2", "4") if len(found) == 2 and found[-1] != "0" else None
 
-    def is_idle(self) -> bool | None:
-        """By logind's hint that nobody is active, and a load of less than half a process a core."""
+    def is_unused(self) -> bool | None:
+        """By logind's hint that nobody is active."""
         owner = ("org.freedesktop.login1", "/org/freedesktop/login1")
         found = _asked("busctl", "--system", "get-property", *owner, f"{owner[0]}.Manager", "IdleHint").split()
-        if len(found) != 2:
-            return None
-        return found[-1] == "true" and os.getloadavg()[0] < _IDLE_LOAD * (os.cpu_count() or 1)
+        return found[-1] == "true" if len(found) == 2 else None
+
+    def has_time(self) -> bool | None:
+        """By a load of less than half a process a core."""
+        return os.getloadavg()[0] < _IDLE_LOAD * (os.cpu_count() or 1)
 
 
 def _line(path: Path) -> str:

@@ -154,6 +154,8 @@ class _Worker:
         with contextlib.suppress(FileNotFoundError):
             os.replace(job["spare"], job["out"])
         facts = _written(assignment, answer, parcel.model.manifest, Path(job["out"]))
+        if plan is not None and plan.training is not None:
+            facts |= {"clipped": trainer.done.clipped, "gradients": trainer.done.sampled}
         return facts | {"has_state": _keep_state(state, after, Path(job["out_state"]))}
 
     def _reserve(self, trainer: Trainer, assignment: Assignment, private: Private) -> Planned:

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -81,11 +81,13 @@ class TaskRule(Settings):
 class BudgetRule(Settings):
     """What one data set may cost in all, over every run and task: `epsilon` at `delta`, for adding or removing one row.
 
-    With a budget, nothing is learned from the data set but with differential privacy.
+    With a budget, nothing is learned from the data set but with differential privacy. `evaluate` allows scores all the
+    same: they are exact, and the rows that are scored may be among those that were trained on.
     """
 
     epsilon: PositiveFloat
     delta: Annotated[float, Field(gt=0, lt=1)]
+    evaluate: bool = False
 
 
 class Policy(Settings):
@@ -96,8 +98,8 @@ class Policy(Settings):
     * `strategies`, `work`, `aggregation`: their names; `strategies` None: all.
     * `min_cohort`: of members of the roster, this site among them, that must be asked together. It does not bound a
       hop, which hands one site's model to the next: leave "hop" out of `work` to forbid that.
-    * `min_batch_size` and `min_steps`: what one row contributes to an update falls with both. A site with fewer rows
-      than that does not train at all.
+    * `min_batch_size` and `min_steps`: what one row contributes to an update falls with both. The last batch of a pass
+      may be smaller. A site with fewer rows than that does not train at all.
     * `max_lr`: of the rate a run asks for; `max_update_norm`: the Euclidean norm of what a result would change.
     * `summaries_per_run`: different questions about one data set; the same one may be asked again.
     * `evaluations_per_round`; `rounds_per_day`: rounds of training on one data set within 24 hours (None: any number).
@@ -131,15 +133,13 @@ class Policy(Settings):
     only_on_mains: bool = False
     only_unmetered: bool = False
     only_idle: bool = False
-    counts_privacy_only: bool = False  # on loopback: every data set has a ledger, and none a budget
+    needs_budgets: ClassVar[bool] = True  # for private training
 
-    @classmethod
-    def unrestricted(cls) -> Policy:
+    @staticmethod
+    def unrestricted() -> Policy:
         """What holds on loopback where nobody wrote a policy: everything goes, because nothing leaves the machine."""
         uncounted: dict[str, Any] = {"summaries_per_run": None, "evaluations_per_round": None}
-        return cls(
-            min_batch_size=1, metrics_per_client=True, min_rows_per_class=1, counts_privacy_only=True, **uncounted
-        )
+        return _Unrestricted(min_batch_size=1, metrics_per_client=True, min_rows_per_class=1, **uncounted)
 
     def data_of(self, task: str) -> str:
         """The id of the data set that a task reads."""
@@ -157,15 +157,23 @@ class Policy(Settings):
         yield from _unlisted("strategy", wish.strategy, self.strategies)
         yield from _unlisted("work", wish.kind, self.work)
         yield from _unlisted("aggregation", wish.aggregation, self.aggregation)
-        if self.data_of(wish.task) in self.budgets and wish.kind != "evaluate" and not wish.private:
-            yield Objection("privacy", "none", f"differential privacy, as {self.data_of(wish.task)} has a budget")
-        if wish.private:
-            yield from self._to_private(wish.task)
+        yield from self._to_private(wish.task) if wish.private else self._to_exact(wish)
         if wish.kind != "hop" and wish.cohort is not None:
             yield from _below("members of the roster asked together", wish.cohort, self.min_cohort)
 
+    def _to_exact(self, wish: Wish) -> Iterator[Objection]:
+        """Objections to an answer without noise."""
+        data = self.data_of(wish.task)
+        budget = self.budgets.get(data)
+        if budget is None:
+            return
+        if wish.kind != "evaluate":
+            yield Objection("privacy", "none", f"differential privacy, as {data} has a budget")
+        elif not budget.evaluate:
+            yield Objection("scores", "exact ones", f"none, as {data} has a budget without evaluate = true")
+
     def _to_private(self, task: str) -> Iterator[Objection]:
-        if self.counts_privacy_only:
+        if not self.needs_budgets:
             return
         rule = self.tasks.get(task)
         if rule is None or rule.data is None:
@@ -206,7 +214,7 @@ class Policy(Settings):
         if not isinstance(work, Fit | Gradient):
             return []
         size = rows if work.batch_size == "all" else min(work.batch_size, rows)
-        steps = 1 if isinstance(work, Gradient) else work.steps or (work.epochs or 1) * -(-rows // max(size, 1))
+        steps = 1 if isinstance(work, Gradient) else work.steps_on(rows)
         small = [] if private else _below("batch size", size, self.min_batch_size)
         return [*small, *_below("steps", steps, self.min_steps)]
 
@@ -224,6 +232,12 @@ class Policy(Settings):
     def releases(self, smallest_class: int) -> bool:
         """Whether this site's own scores may be shown, where the rarest class has so many rows."""
         return self.metrics_per_client and smallest_class >= self.min_rows_per_class
+
+
+class _Unrestricted(Policy):
+    """On loopback every data set has a ledger, and none needs a budget; nobody can write that into a file."""
+
+    needs_budgets: ClassVar[bool] = False
 
 
 def _unlisted(rule: str, name: str, allowed: Sequence[str] | None) -> Iterator[Objection]:

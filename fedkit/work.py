@@ -61,6 +61,11 @@ class Fit(Settings):
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", 1)
 
+    def steps_on(self, rows: int) -> int:
+        """How many steps it makes on so many rows: a pass has one a batch, of which the last may be short."""
+        size = rows if self.batch_size == "all" else self.batch_size
+        return self.steps or (self.epochs or 1) * -(-rows // max(size, 1))
+
     def replace(self, **changes: object) -> Fit:
         """The same work with `changes`; naming `steps` drops `epochs`, and the reverse."""
         if changes.get("steps") is not None:

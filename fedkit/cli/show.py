@@ -238,7 +238,7 @@ def prospect(found: Prospect) -> None:
 
 
 def privacy(found: Sequence[Report], head: str, *, with_runs: bool) -> None:
-    """What data sets have cost, and what is left; with the runs, what is not covered too."""
+    """What data sets have cost, what is left, and what is not covered."""
     table = _plain("Privacy", "data set", "rows", "epsilon", "delta", "budget", "left", "rounds it affords")
     for one in found:
         budget = "none" if one.budget is None else f"{one.budget.epsilon:g}"
@@ -248,20 +248,21 @@ def privacy(found: Sequence[Report], head: str, *, with_runs: bool) -> None:
     if with_runs:
         for one in found:
             console.print(_costs(one))
-        say("Level: one row (example). Relation: adding or removing one. Sampling: Poisson. Not covered:")
-        for text in NOT_COVERED:
-            say(f"  * {text}")
+    say("Level: one row (example). Relation: adding or removing one. Sampling: Poisson. Not covered:")
+    for text in NOT_COVERED:
+        say(f"  * {text}")
     say(f"digest of the ledger {head}")
 
 
 def _costs(one: Report) -> Table:
-    heads = ("run", "asked", "open", "steps", "rate", "noise", "clip", "epsilon (RDP)", "epsilon (PLD)")
+    heads = ("run", "asked", "open", "steps", "rate", "noise", "clip", "clipped", "epsilon (RDP)", "epsilon (PLD)")
     table = _plain(f"Runs on {one.data} ({one.fingerprint[:16] or 'never loaded'})", *heads)
     for run in one.runs:
         settings = [_range(values) for values in (run.sampling_rates, run.noise_multipliers, run.clips)]
         pld = "-" if run.spent.pld is None else _up(run.spent.pld)
         counts = [str(run.assignments), str(run.open), str(run.steps)]
-        _add(table, [run.run, *counts, *settings, _up(run.spent.rdp), pld])
+        clipped = "-" if run.clipped_share is None else f"{run.clipped_share:.0%}"
+        _add(table, [run.run, *counts, *settings, clipped, _up(run.spent.rdp), pld])
     return table
 
 

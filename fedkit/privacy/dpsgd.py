@@ -33,8 +33,6 @@ class PrivateSteps:
     * `noise_multiplier`: standard deviation of the noise on the sum, in units of `max_grad_norm`
     * `max_grad_norm`: the longest a row's gradient may be, over all trainable parameters together
     * `batch_size`: how many rows a step takes on average; "all" takes every row
-    * `rows_at_once`: how many rows are computed together; None finds what fits into memory, and it changes nothing but
-      the last digits
 
     Raises `ConfigError` for numbers that mean nothing.
     """
@@ -44,7 +42,6 @@ class PrivateSteps:
     batch_size: BatchSize
     steps: int
     rows: int
-    rows_at_once: int | None = None
 
     def __post_init__(self) -> None:
         """Checks each number by itself."""
@@ -52,7 +49,7 @@ class PrivateSteps:
             raise ConfigError(f"noise_multiplier must be a number from 0, got {self.noise_multiplier!r}")
         if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0.0):
             raise ConfigError(f"max_grad_norm must be a number above 0, got {self.max_grad_norm!r}")
-        counts: dict[str, Any] = {"steps": self.steps, "rows": self.rows, "rows_at_once": self.rows_at_once or 1}
+        counts: dict[str, Any] = {"steps": self.steps, "rows": self.rows}
         if self.batch_size != "all":
             counts["batch_size"] = self.batch_size
         for name, value in counts.items():
@@ -71,9 +68,7 @@ class PrivateSteps:
             raise IncompatibleStrategy("a gate sends what its site's own rows say of a model, which no noise covers")
         if work.mixed_precision:
             raise IncompatibleStrategy("mixed_precision measures gradients in bfloat16, too coarsely for a clip")
-        size = rows if work.batch_size == "all" else work.batch_size
-        steps = work.steps or (work.epochs or 1) * -(-rows // size)
-        return cls(noise_multiplier, max_grad_norm, work.batch_size, steps, rows)
+        return cls(noise_multiplier, max_grad_norm, work.batch_size, work.steps_on(rows), rows)
 
     @property
     def q(self) -> float:
@@ -110,11 +105,6 @@ class Done:
     steps: int = 0
     sampled: int = 0
     clipped: int = 0
-
-    @property
-    def clipped_share(self) -> float:
-        """Which part of the gradients was clipped; 0 where there were none."""
-        return self.clipped / self.sampled if self.sampled else 0.0
 
 
 class NoisyGradients:
@@ -172,7 +162,7 @@ class NoisyGradients:
         chosen = self._random.chosen(self._plan.rows, self._plan.q)
         self.done.sampled += len(chosen)
         totals: list[torch.Tensor] = []
-        for index in torch.split(chosen, self._plan.rows_at_once or self._clipped.most_rows):
+        for index in torch.split(chosen, self._clipped.most_rows):
             if len(index):
                 self._add(index, totals)
         self._finish(totals or [torch.zeros_like(p) for p in self._parameters])

@@ -18,8 +18,8 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -69,6 +69,7 @@ class Account:
     fingerprint: str = ""
     reservations: tuple[Reservation, ...] = ()
     open: frozenset[str] = frozenset()  # assignments whose work has not ended
+    clipped: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # by run: clipped gradients, and all of them
 
     @property
     def history(self) -> list[Steps]:
@@ -170,11 +171,15 @@ class Ledger:
         if self._reserved(wish.assignment) is None:
             _require(wish, self.account(wish.data).history, budget, wish.data)
 
-    def close_reservation(self, assignment: str) -> None:
-        """The work under it has ended, with a result or a refusal. Nothing happens where there is none, or no more."""
+    def close_reservation(self, assignment: str, clipped: int = 0, gradients: int = 0) -> None:
+        """The work under it has ended, with a result or a refusal, and so many of its gradients were clipped.
+
+        Nothing happens where there is no open reservation.
+        """
         wish = self._reserved(assignment)
         if wish is not None and assignment in self.account(wish.data).open:
-            self._append({"kind": "closed", "assignment": assignment, "data": wish.data})
+            about = {"assignment": assignment, "run": wish.run, "data": wish.data}
+            self._append({"kind": "closed", "clipped": clipped, "gradients": gradients, **about})
 
     def _reserved(self, assignment: str) -> Reservation | None:
         account = self._accounts.get(self._places.get(assignment, ""))
@@ -204,7 +209,11 @@ class Ledger:
             )
             self._places[wish.assignment] = data
         else:
-            account = replace(account, open=account.open - {entry["assignment"]})
+            clipped, gradients = account.clipped.get(entry["run"], (0, 0))
+            sums = (clipped + entry["clipped"], gradients + entry["gradients"])
+            account = replace(
+                account, open=account.open - {entry["assignment"]}, clipped={**account.clipped, entry["run"]: sums}
+            )
         self._accounts[data] = account
 
     def close(self) -> None:

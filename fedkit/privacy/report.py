@@ -11,7 +11,7 @@ from fedkit.work import Steps
 __all__ = ["NOT_COVERED", "Report", "RunCost", "affordable", "report"]
 
 NOT_COVERED = (
-    "example counts and evaluation metrics, which are not noised; the outcome of a hop's gate",
+    "example counts; scores, where the policy allows them: they are exact, and may be of rows that were trained on",
     "a person whose rows are at two sites: each site's epsilon counts its own rows alone (parallel composition)",
     "a person with several rows: epsilon is for one row (example level)",
 )
@@ -20,7 +20,12 @@ _MOST_ROUNDS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class RunCost:
-    """One run: what it has asked, and what that alone has cost."""
+    """One run: what it has asked, and what that alone has cost.
+
+    `clipped_share` is the part of all gradients that were longer than the clip, None where none is known: next to
+    none, and the clip could be less, with less noise; next to all, and the model learns from directions alone. It is
+    exact, for the site's own eyes.
+    """
 
     run: str
     assignments: int
@@ -29,6 +34,7 @@ class RunCost:
     noise_multipliers: tuple[float, ...]
     sampling_rates: tuple[float, ...]
     clips: tuple[float, ...]
+    clipped_share: float | None
     spent: Spent
 
 
@@ -62,6 +68,7 @@ def report(account: Account, budget: Budget | None, delta: float) -> Report:
 
 def _cost(account: Account, run: str, delta: float) -> RunCost:
     mine = [one for one in account.reservations if one.run == run]
+    clipped, gradients = account.clipped.get(run, (0, 0))
     return RunCost(
         run=run,
         assignments=len(mine),
@@ -70,6 +77,7 @@ def _cost(account: Account, run: str, delta: float) -> RunCost:
         noise_multipliers=tuple(sorted({one.steps.noise_multiplier for one in mine})),
         sampling_rates=tuple(sorted({one.steps.q for one in mine})),
         clips=tuple(sorted({one.clip for one in mine})),
+        clipped_share=clipped / gradients if gradients else None,
         spent=account.spent(delta, run=run),
     )
 

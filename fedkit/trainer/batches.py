@@ -54,7 +54,7 @@ def fingerprint(rows: Dataset[Any]) -> str:
     """A digest (hex) of the number of rows and the bytes of up to a thousand of them, evenly spaced."""
     count = row_count(rows)
     total = blake3(str(count).encode())
-    for i in range(0, count, max(count // _FINGERPRINTED, 1)):
+    for i in range(0, count, max(-(-count // _FINGERPRINTED), 1)):
         for value in _values(rows[i]):
             total.update(value)
     return total.hexdigest()

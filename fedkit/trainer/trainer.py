@@ -101,6 +101,7 @@ class Trainer:
         passing = [buffer for buffer in self._module.buffers() if id(buffer) not in saved]
         self._passing = [(buffer, buffer.detach().clone()) for buffer in passing]
         self.load = lru_cache(maxsize=cached_clients)(self._load)
+        self.fingerprint = lru_cache(maxsize=cached_clients)(self._fingerprint)
         self.done = Done()
         self._clipped: ClippedGradients | None = None
 
@@ -115,7 +116,7 @@ class Trainer:
             return data, *split_valid(data, self._seed, client)
         return data, data.train, data.valid
 
-    def fingerprint(self, client: str) -> str:
+    def _fingerprint(self, client: str) -> str:
         """A digest (hex) of the number of training rows and of up to a thousand of them, evenly spaced."""
         return fingerprint(self.load(client)[1])
 
@@ -176,7 +177,7 @@ class Trainer:
         data, rows, _ = self.load(at.client)
         count = row_count(rows)
         index = shuffled(count, fit.batch_size, epochs=fit.epochs, steps=fit.steps, seed=seed)
-        stream = self._watched(batches(data, rows, index, self.device), _steps(fit, count))
+        stream = self._watched(batches(data, rows, index, self.device), fit.steps_on(count))
         return self._fitted(at, fit, parcel, state, stream)
 
     def _fitted(
@@ -316,11 +317,6 @@ class Trainer:
             noise = Randomness().normal(len(answer)) * (steps.noise_multiplier * work.query.sensitivity)
             answer = work.query.noised(answer, noise.numpy())
         return Summary(answer, row_count(rows))
-
-
-def _steps(fit: Fit, count: int) -> int:
-    size = count if fit.batch_size == "all" else fit.batch_size
-    return fit.steps or (fit.epochs or 1) * -(-count // size)
 
 
 def _watched(stream: Iterator[T], watch: Watch, total: int) -> Iterator[T]:

@@ -84,6 +84,9 @@ def test_each_round_says_what_the_run_has_cost_each_client_so_far(federation: Lo
         assert [(one.q, one.count) for one in steps] == [(8 / account.rows, 3)] * 2
         assert epsilon_of(rdp_of(steps), DELTA) == pytest.approx(costs[1][name])
         assert account.open == frozenset()
+        [(clipped, gradients)] = [counts for run, counts in account.clipped.items() if run.startswith("first.")]
+        assert 0 <= clipped <= gradients
+        assert gradients > 0
     assert costs[1]["ada"] > 1.9  # the plan uses what it may
 
 
@@ -140,6 +143,32 @@ def test_a_delta_that_could_give_a_row_away_is_refused(federation: Loopback) -> 
             progress=False,
             privacy=private(delta=0.4),
         )
+
+
+def test_scores_of_data_with_a_budget_are_exact_and_so_refused_unless_the_site_allows_them(
+    federation: Loopback,
+) -> None:
+    result = trained(
+        federation, FedAvg(rounds=1, local=LOCAL), privacy=private(epsilon=0.1), evaluate=fedkit.Evaluation()
+    )
+    expected = (Reason.POLICY, "scores: exact ones (allowed: none, as cohort-7 has a budget without evaluate = true)")
+    assert why(result) == {expected}
+    assert why(result, "bea") == set()
+
+
+def test_a_budget_whose_delta_could_give_a_row_away_covers_nothing(federation: Loopback, tmp_path: Path) -> None:
+    loose = tmp_path / "loose.toml"
+    loose.write_text(POLICY.replace(f"delta = {DELTA}", "delta = 0.4"))
+    federation.client_options[:] = ["--policy", str(loose)]
+    federation.start_client("dan")
+    here(federation, *CLIENTS, "dan")
+    try:
+        result = trained(federation, FedAvg(rounds=1, local=LOCAL), privacy=private(epsilon=0.1))
+        [(reason, detail)] = why(result, "dan")
+        assert reason is Reason.PRIVACY
+        assert detail.startswith("the budget of cohort-7 has delta 0.4, and its ")
+    finally:
+        federation.kill("dan")
 
 
 def test_a_restart_forgets_nothing(federation: Loopback) -> None:

@@ -19,6 +19,7 @@ import fedkit
 from fedkit import rng
 from fedkit.errors import ConfigError, IncompatibleStrategy, Reason, Refused, TaskError
 from fedkit.gate import Gate
+from fedkit.privacy import clipping
 from fedkit.privacy.accounting import Steps
 from fedkit.privacy.clipping import ClippedGradients
 from fedkit.privacy.dpsgd import NoisyGradients, PrivateSteps
@@ -132,7 +133,6 @@ def test_a_plan_is_what_the_work_means_on_so_many_rows(work, rows, steps, q, exp
         ({"batch_size": 0}, "batch_size must be a whole number from 1, got 0"),
         ({"steps": 0}, "steps"),
         ({"rows": 0}, "rows"),
-        ({"rows_at_once": -1}, "rows_at_once"),
     ],
 )
 def test_numbers_that_mean_nothing_are_refused(fields: dict[str, Any], said: str) -> None:
@@ -167,15 +167,18 @@ def test_another_plan_than_the_work_needs_is_refused_before_anything_is_computed
 
 
 @pytest.mark.parametrize("at_once", [None, 1, 3, 40])
-def test_a_gradient_is_the_clipped_sum_over_the_expected_rows_however_it_is_split(at_once: int | None) -> None:
+def test_a_gradient_is_the_clipped_sum_over_the_expected_rows_however_it_is_split(
+    monkeypatch: pytest.MonkeyPatch, at_once: int | None
+) -> None:
+    if at_once is not None:
+        monkeypatch.setattr(clipping, "_MOST_ROWS", at_once)
     task, work = task_of(), Gradient()
-    plan = PrivateSteps(0.0, CLIP, "all", 1, ROWS, at_once)
-    update, _, trainer = done(task, work, plan)
+    update, _, trainer = done(task, work, PrivateSteps(0.0, CLIP, "all", 1, ROWS))
     expected = sums_by_hand(task, model_of(task), torch.arange(ROWS), CLIP)
     assert apart(ROWS * update.weights, expected) <= 1e-5
     assert (update.examples, update.loss) == (ROWS, None)
     assert (trainer.done.steps, trainer.done.sampled) == (1, ROWS)
-    assert 0.0 < trainer.done.clipped_share < 1.0
+    assert 0 < trainer.done.clipped < ROWS
 
 
 def test_sums_are_divided_by_the_expected_rows_whatever_the_sample(told: list[list[int]]) -> None:
@@ -202,7 +205,7 @@ def test_an_empty_step_adds_noise_and_moves_momentum(told: list[list[int]]) -> N
     told.append([])
     update, _, trainer = done(task_of(), Gradient(batch_size=8), plan_of(Gradient(batch_size=8), noise=1.0))
     assert update.weights.vector.all()
-    assert (trainer.done.steps, trainer.done.sampled, trainer.done.clipped_share) == (1, 0, 0.0)
+    assert (trainer.done.steps, trainer.done.sampled, trainer.done.clipped) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38])

@@ -14,6 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from fedkit.errors import Reason, Refused, StorageError
 from fedkit.privacy.accounting import epsilon_of, rdp_of
 from fedkit.privacy.ledger import Budget, Ledger, Reservation
+from fedkit.privacy.report import report
 from fedkit.work import Steps
 
 DELTA = 1e-5
@@ -71,6 +72,15 @@ def test_what_was_noised_and_stored_once_is_not_noised_again(tmp_path: Path, led
 def test_ending_what_was_never_reserved_does_nothing(ledger: Ledger) -> None:
     ledger.close_reservation(wish(1).assignment)
     assert ledger.head == "00" * 32
+
+
+def test_the_clipped_share_of_a_run_is_that_of_all_its_assignments(ledger: Ledger) -> None:
+    for number, (clipped, gradients) in enumerate([(3, 10), (0, 20), (0, 0)]):
+        ledger.reserve(wish(number), WIDE)
+        ledger.close_reservation(wish(number).assignment, clipped, gradients)
+    ledger.reserve(wish(3, run="other"), WIDE)
+    found = report(ledger.account("hearts"), None, 1e-5)
+    assert [(run.clipped_share, run.open) for run in found.runs] == [(0.1, 0), (None, 1)]
 
 
 def test_a_wish_beyond_the_budget_is_refused_with_both_numbers_and_leaves_no_trace(ledger: Ledger) -> None:

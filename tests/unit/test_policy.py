@@ -105,6 +105,7 @@ def test_only_the_named_version_of_a_task_is_allowed() -> None:
 
 
 BUDGETED = {"tasks": {"heart": {"data": "cohort-7"}}, "budgets": {"cohort-7": {"epsilon": 3.0, "delta": 1e-4}}}
+SCORED = {**BUDGETED, "budgets": {"cohort-7": {"epsilon": 3.0, "delta": 1e-4, "evaluate": True}}}
 SECRET = dataclasses.replace(TRAIN, private=True)
 
 
@@ -112,7 +113,8 @@ SECRET = dataclasses.replace(TRAIN, private=True)
     ("rules", "wish", "expected"),
     [
         (BUDGETED, SECRET, []),
-        (BUDGETED, SCORE, []),
+        (BUDGETED, SCORE, ["scores: exact ones (allowed: none, as cohort-7 has a budget without evaluate = true)"]),
+        (SCORED, SCORE, []),
         (BUDGETED, TRAIN, ["privacy: none (allowed: differential privacy, as cohort-7 has a budget)"]),
         (BUDGETED, ASK, ["privacy: none (allowed: differential privacy, as cohort-7 has a budget)"]),
         ({}, SECRET, ["data set of heart: one without an id (allowed: one that the policy names)"]),
@@ -237,6 +239,7 @@ def test_a_policy_is_read_from_its_file(tmp_path: Path) -> None:
         ("[tasks.'../x']", "tasks"),
         ("gpu_memory_share = 1.5", "gpu_memory_share"),
         ("min_cohort = ", "not TOML"),
+        ("needs_budgets = false", "needs_budgets"),
     ],
 )
 def test_a_mistake_in_a_policy_is_named(tmp_path: Path, text: str, why: str) -> None:
@@ -253,9 +256,7 @@ def test_a_policy_that_is_not_there_is_an_error_and_not_an_empty_one(tmp_path: P
 # -- the guide ---------------------------------------------------------------------------------------------------------
 
 DOCS = Path(__file__).parents[2] / "docs"
-FIELDS = [
-    field.name for field in dataclasses.fields(Policy) if field.name not in ("tasks", "budgets", "counts_privacy_only")
-]
+FIELDS = [field.name for field in dataclasses.fields(Policy) if field.name not in ("tasks", "budgets")]
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "policies").glob("*.toml")), ids=lambda path: path.stem)

@@ -34,7 +34,10 @@ class Told:
     def is_unmetered(self) -> bool | None:
         return self._state
 
-    def is_idle(self) -> bool | None:
+    def is_unused(self) -> bool | None:
+        return self._state
+
+    def has_time(self) -> bool | None:
         return self._state
 
 
@@ -48,6 +51,7 @@ class Told:
                 "power: battery (allowed: mains)",
                 "network: a metered one (allowed: an unmetered one)",
                 "device: in use (allowed: idle)",
+                "load: high (allowed: low)",
             ],
         ),
         (
@@ -56,6 +60,7 @@ class Told:
                 "power: unknown (allowed: mains)",
                 "network: unknown (allowed: an unmetered one)",
                 "device: unknown (allowed: idle)",
+                "load: unknown (allowed: low)",
             ],
         ),
     ],
@@ -69,7 +74,7 @@ def test_a_policy_without_conditions_asks_nothing() -> None:
         def on_mains(self) -> bool | None:
             raise AssertionError("nobody asked")
 
-        is_unmetered = is_idle = on_mains
+        is_unmetered = is_unused = has_time = on_mains
 
     assert list(objections_to_moment(Policy(), Silent(None))) == []
 
@@ -123,22 +128,33 @@ def test_the_network_is_what_its_manager_says(
     assert LinuxSurroundings().is_unmetered() is expected
 
 
-@pytest.mark.parametrize(
-    ("answer", "load", "expected"),
-    [("b true", 0.0, True), ("b true", 1e6, False), ("b false", 0.0, False), ("", 0.0, None)],
-)
-def test_idle_is_nobody_there_and_little_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, load: float, expected: bool | None
+@pytest.mark.parametrize(("answer", "expected"), [("b true", True), ("b false", False), ("", None)])
+def test_unused_is_what_the_login_manager_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, expected: bool | None
 ) -> None:
     answering(tmp_path, monkeypatch, answer)
+    assert LinuxSurroundings().is_unused() is expected
+
+
+@pytest.mark.parametrize(("load", "expected"), [(0.0, True), (1e6, False)])
+def test_a_device_has_time_while_its_load_is_low(monkeypatch: pytest.MonkeyPatch, load: float, expected: bool) -> None:
     monkeypatch.setattr(surroundings.os, "getloadavg", lambda: (load, 0.0, 0.0))
-    assert LinuxSurroundings().is_idle() is expected
+    assert LinuxSurroundings().has_time() is expected
+
+
+def test_the_load_of_its_own_training_does_not_stop_an_agent() -> None:
+    class Busy(Told):
+        def has_time(self) -> bool | None:
+            return False
+
+    assert [str(one) for one in objections_to_moment(EVERYTHING, Busy(True))] == ["load: high (allowed: low)"]
+    assert list(objections_to_moment(EVERYTHING, Busy(True), at_work=True)) == []
 
 
 def test_a_system_without_these_tools_cannot_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert LinuxSurroundings().is_unmetered() is None
-    assert LinuxSurroundings().is_idle() is None
+    assert LinuxSurroundings().is_unused() is None
 
 
 # -- while work goes on ------------------------------------------------------------------------------------------------
