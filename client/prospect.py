@@ -77,13 +77,16 @@ def prospect(described: pb.RunDescription, policy: Policy, tasks: Mapping[str, T
     found = []
     for wish in _wishes(file, strategy, task, aggregation, least):
         objections = [*policy.objections(wish), *objections_to_code(policy, task, source, wish.work)]
-        noise = _noise(file.privacy.dp) if wish.private else ""
+        noise = _noise(file.privacy.dp) if wish.returns != "sums" or wish.private else ""
         found.append(Request(wish.kind, f"{_words(wish.work)}{noise}", tuple(objections)))
     return Prospect(file, described.state, clients, aggregation, task is not None, tuple(found))
 
 
 def _wishes(file: RunFile, strategy: Strategy, task: Task | None, aggregation: str, clients: int) -> Iterator[Wish]:
-    local, cohort, private = strategy.local, strategy.asked(clients), file.privacy.dp is not None
+    local, cohort, dp = strategy.local, strategy.asked(clients), file.privacy.dp
+    private = dp is not None and dp.level == "example"
+    if dp is not None and not private and strategy.participation.fraction < 1.0:
+        cohort = 1  # nobody is told who else was drawn
 
     def wish(work: Work, returns: Returns, count: int, *, noised: bool = private) -> Wish:
         about = (str(file.run.task), str(file.strategy["name"]))
@@ -107,6 +110,8 @@ def _noise(dp: DP | None) -> str:
     if dp is None:
         return ""
     how = f"epsilon {dp.epsilon:g}" if dp.epsilon is not None else f"noise {dp.noise_multiplier:g}"
+    if dp.level == "client":
+        return f", clipped as a whole; the coordinator adds noise: {how} at delta {dp.delta:g} for each client"
     return f", privately: {how} at delta {dp.delta:g} over the run"
 
 

@@ -130,7 +130,7 @@ class _Sum:
             self._total = np.zeros(self._size)
         _add_to(self._total, values, weight)
 
-    def mean(self, weight: int) -> Vector:
+    def mean(self, weight: float) -> Vector:
         """Sum / weight, rounded once to float32; of nothing, zeros."""
         out = np.empty(self._size, dtype=np.float32)
         if self._total is not None and not self._waiting:
@@ -150,7 +150,7 @@ class _Sum:
             opened = [(files.enter_context(v.opened()) if isinstance(v, Values) else v, n) for v, n in most]
             yield opened + self._waiting[_MOST_OPEN:]
 
-    def _mean_piece(self, waiting: list[tuple[Vector | Values, int]], start: int, weight: int, out: Vector) -> None:
+    def _mean_piece(self, waiting: list[tuple[Vector | Values, int]], start: int, weight: float, out: Vector) -> None:
         end = start + len(out)
         total = np.zeros(len(out)) if self._total is None else self._total[start:end].copy()
         read = np.empty_like(out)
@@ -195,10 +195,11 @@ class _Part:
         self.clients.append(client)
         self.examples += answer.examples
 
-    def mean(self, manifest: Manifest) -> Mean:
+    def mean(self, manifest: Manifest, over: float | None) -> Mean:
         """The mean of what was added; of nothing, zeros."""
-        update = Weights(manifest, self._sum.mean(self._weight))
-        extra = {name: total.mean(self._weight) for name, total in self._extra.items()}
+        weight = self._weight if over is None else over
+        update = Weights(manifest, self._sum.mean(weight))
+        extra = {name: total.mean(weight) for name, total in self._extra.items()}
         loss = float(self._losses[0] / self._losses[1]) if self._losses[1] else None
         return Mean(update, self.examples, tuple(self.clients), loss, extra)
 
@@ -206,11 +207,15 @@ class _Part:
 class MeanFold(Fold[Update]):
     """sum(w_k u_k) / sum(w_k) in float64, with w_k the example count or 1, rounded once to float32.
 
+    With `over`, the sum is divided by that number instead, whoever answered.
     Updates must carry the same extra vectors; those that differ from what most clients sent are rejected.
     """
 
-    def __init__(self, cohort: Iterable[str], manifest: Manifest, weighting: Weighting) -> None:
+    def __init__(
+        self, cohort: Iterable[str], manifest: Manifest, weighting: Weighting, *, over: float | None = None
+    ) -> None:
         super().__init__(cohort)
+        self._over = over
         self._manifest = manifest
         self._weighting = weighting
         self._parts: dict[tuple[tuple[str, int], ...], _Part] = {}
@@ -244,7 +249,7 @@ class MeanFold(Fold[Update]):
         """The mean of all that was added; of nothing, zeros."""
         self.close()
         part = next(iter(self._parts.values()), None) or _Part(self._manifest.size, {})
-        return part.mean(self._manifest)
+        return part.mean(self._manifest, self._over)
 
 
 class KeepFold(Fold[Update]):

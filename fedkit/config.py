@@ -179,27 +179,41 @@ class Participation(Settings):
 
 
 class DP(Settings):
-    """Differential privacy of each row of a client's training data, kept and accounted for by the client itself.
+    """Differential privacy of each row (`level="example"`), or of each client with all its rows (`"client"`).
 
-    Give `epsilon`, and each client plans its noise before the first step so that the run costs it at most that much;
-    or give `noise_multiplier`, and the cost is what it comes to. `delta` must not exceed one over any client's rows.
-    Gradients of single rows are clipped to a Euclidean norm of `max_grad_norm`; noise is that times the multiplier.
+    Give `epsilon`, and the noise is planned before the first step so that the run costs at most that much; or give
+    `noise_multiplier`, and the cost is what it comes to.
 
+    Of rows: each client keeps and accounts for it by itself. Gradients of single rows are clipped to a Euclidean norm
+    of `max_grad_norm`; noise is that times the multiplier. `delta` must not exceed one over any client's rows.
     Guarantee: for adding or removing one row at one client, against whoever sees all that its training sends.
     Does not protect against: what example counts and evaluation metrics tell, which are not covered; a person whose
     rows are at two clients.
+
+    Of clients: each round draws every client with the probability `participation.fraction`; they clip their updates to
+    `max_update_norm`, and the coordinator adds that times the multiplier to their sum. With `clip_quantile`, the clip
+    follows that quantile of the updates' norms. It takes many clients; below 100 a round `few_clients` must insist.
+    `delta` must not exceed one over the clients. Guarantee: for adding or removing one client, against whoever sees the
+    models. Does not protect against: the coordinator, which sees the updates.
     """
 
     delta: Annotated[float, Field(gt=0, lt=1)]
     epsilon: PositiveFloat | None = None
     noise_multiplier: PositiveFloat | None = None
     max_grad_norm: PositiveFloat = 1.0
-    level: Literal["example"] = "example"
+    level: Literal["example", "client"] = "example"
+    max_update_norm: PositiveFloat = 1.0
+    clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    few_clients: bool = False
 
     def __post_init__(self) -> None:
-        """Epsilon or the noise multiplier: one follows from the other."""
+        """Epsilon or the noise multiplier: one follows from the other; and no setting of the other level."""
         if (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("give epsilon or noise_multiplier, and not both")
+        unused = {"example": ("max_update_norm", "clip_quantile", "few_clients"), "client": ("max_grad_norm",)}
+        for name in unused[self.level]:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name} has no meaning at level {self.level!r}")
 
 
 class Privacy(Settings):

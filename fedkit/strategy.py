@@ -78,6 +78,11 @@ class Federation(Protocol):
         """A generator seeded by (run seed, round, attempt); use it for every draw."""
         ...
 
+    @property
+    def drawn(self) -> tuple[str, ...] | None:
+        """Whom client-level privacy has drawn for this round, in secret; None where the strategy draws."""
+        ...
+
     async def mean(
         self,
         cohort: Collection[str],
@@ -137,7 +142,7 @@ class Strategy(Settings, frozen=False):
     local: Fit = Fit()
     participation: Participation = Participation()
 
-    uses: ClassVar[frozenset[str]] = frozenset({"mean"})  # of mean, updates, hop, start
+    uses: ClassVar[frozenset[str]] = frozenset({"mean"})  # of mean, updates, hop, start, and send for own vectors
     unused: ClassVar[frozenset[str]] = frozenset()  # settings of participation that would be ignored
 
     @property
@@ -166,7 +171,9 @@ class Strategy(Settings, frozen=False):
         return model
 
     def cohort(self, federation: Federation) -> list[str]:
-        """As many of the round's clients as are `asked`, drawn without replacement."""
+        """As many of the round's clients as are `asked`, drawn without replacement; or those whom privacy has drawn."""
+        if federation.drawn is not None:
+            return list(federation.drawn)
         return self.draw(federation, federation.clients, self.asked(len(federation.clients)))
 
     def asked(self, clients: int) -> int:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from fedkit import rng
-from fedkit.config import Evaluation
+from fedkit.config import Evaluation, Privacy
 from fedkit.errors import Reason, Refused
+from fedkit.privacy.submission import shield_for
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.rounds.conduct import Outcome, Plan, conduct
 from fedkit.rounds.journal import Commit, Entry, MemoryJournal, RoundRecord
@@ -120,7 +121,14 @@ class InMemoryFederation:
         self.transport = SimulatedTransport(clients, self.place, seed=seed, latency=latency)
         self._count = len(clients)
 
-    def run(self, strategy: Strategy, *, fuse: Fuse | None = None, evaluate: Evaluation | None = None) -> Outcome:
+    def run(
+        self,
+        strategy: Strategy,
+        *,
+        fuse: Fuse | None = None,
+        evaluate: Evaluation | None = None,
+        privacy: Privacy = Privacy(),
+    ) -> Outcome:
         """A coordinator takes the run up where the journal has it; raises `Crash` where `fuse` says so."""
         self.journal.fuse = fuse or Fuse()
         self.transport.restart()
@@ -131,6 +139,8 @@ class InMemoryFederation:
                 strategy=strategy,
                 seed=self.seed,
                 evaluate=evaluate,
+                privacy=privacy,
+                shield=shield_for(strategy, privacy.dp, self._count),
                 min_clients=self._count,
             )
             return asyncio.run(conduct(plan, self.transport, self.journal))

@@ -180,7 +180,7 @@ class Welcome(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., heartbeat_s: _Optional[float] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., roster: _Optional[str] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "manifest_digest", "extras", "settlement", "manifest", "roster_version", "roster_digest", "aggregation", "cohort", "private", "fit", "gradient", "evaluate", "summarize")
+    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "manifest_digest", "extras", "settlement", "manifest", "roster_version", "roster_digest", "aggregation", "cohort", "private", "clip", "fit", "gradient", "evaluate", "summarize")
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +200,7 @@ class Assignment(_message.Message):
     AGGREGATION_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
@@ -223,11 +224,12 @@ class Assignment(_message.Message):
     aggregation: str
     cohort: _containers.RepeatedCompositeFieldContainer[Voucher]
     private: Private
+    clip: Clip
     fit: Fit
     gradient: Gradient
     evaluate: Evaluate
     summarize: Summarize
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., private: _Optional[_Union[Private, _Mapping]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., private: _Optional[_Union[Private, _Mapping]] = ..., clip: _Optional[_Union[Clip, _Mapping]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
 
 class Private(_message.Message):
     __slots__ = ("epsilon", "noise_multiplier", "delta", "max_grad_norm", "visits", "questions")
@@ -244,6 +246,14 @@ class Private(_message.Message):
     visits: int
     questions: int
     def __init__(self, epsilon: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., delta: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., visits: _Optional[int] = ..., questions: _Optional[int] = ...) -> None: ...
+
+class Clip(_message.Message):
+    __slots__ = ("norm", "tells")
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    TELLS_FIELD_NUMBER: _ClassVar[int]
+    norm: float
+    tells: bool
+    def __init__(self, norm: _Optional[float] = ..., tells: _Optional[bool] = ...) -> None: ...
 
 class Fit(_message.Message):
     __slots__ = ("epochs", "steps", "batch_size", "lr", "proximal", "control_variates", "mixed_precision", "gate")

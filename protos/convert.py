@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from fedkit.errors import ConfigError, PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.queries import Histogram, LabelCounts, Moments, Query
-from fedkit.rounds.assignment import Assignment, Parcel, Private, Returns
+from fedkit.rounds.assignment import Assignment, Clip, Parcel, Private, Returns
 from fedkit.trust.vouchers import Voucher
 from fedkit.weights import Manifest
 from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Summarize, Summary, Work
@@ -102,6 +103,8 @@ def assignment_to_proto(
     if assignment.private is not None:
         dp, counts = assignment.private.dp, {name: getattr(assignment.private, name) for name in _COUNTS}
         message.private.CopyFrom(pb.Private(**counts, **{name: getattr(dp, name) for name in _DP_FIELDS}))
+    if assignment.clip is not None:
+        message.clip.CopyFrom(pb.Clip(norm=assignment.clip.norm, tells=assignment.clip.tells))
     return message
 
 
@@ -145,10 +148,19 @@ def assignment_from_proto(message: pb.Assignment, client: str) -> Assignment:
         raise PayloadError(f"assignment {message.id} belongs to a run that no coordinator would name so")
     require_name(message.task, "a task's name")
     try:
-        work, private = _work(message), _private(message)
+        work, private, clip = _work(message), _private(message), _clip(message)
     except ConfigError as error:
         raise PayloadError(f"assignment {message.id}: {error}") from None
-    return Assignment(message.id, message.run, message.seed, message.round, client, work, returns, private=private)
+    about = (message.id, message.run, message.seed, message.round, client, work, returns)
+    return Assignment(*about, private=private, clip=clip)
+
+
+def _clip(message: pb.Assignment) -> Clip | None:
+    if not message.HasField("clip"):
+        return None
+    if not (math.isfinite(message.clip.norm) and message.clip.norm > 0.0):
+        raise PayloadError(f"assignment {message.id}: a clip is a number above 0")
+    return Clip(message.clip.norm, message.clip.tells)
 
 
 def _private(message: pb.Assignment) -> Private | None:

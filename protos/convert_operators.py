@@ -59,6 +59,8 @@ def record_to_proto(record: RoundRecord) -> pb.Round:
         best=record.best,
         rejected=record.rejected,
         scored=record.scored,
+        releases=_bounded(record.releases),
+        clip=record.clip,
     )
 
 
@@ -80,6 +82,8 @@ def record_from_proto(message: pb.Round) -> RoundRecord:
         best=message.best,
         rejected=shown(message.rejected),
         scored=tuple(shown(client) for client in message.scored),
+        releases=message.releases,
+        clip=message.clip if message.HasField("clip") else None,
     )
 
 

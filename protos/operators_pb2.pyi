@@ -143,7 +143,7 @@ class RoundRefusal(_message.Message):
     def __init__(self, client: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Round(_message.Message):
-    __slots__ = ("round", "attempt", "clients", "examples", "loss", "metrics", "per_client", "seconds", "bytes_up", "bytes_down", "refusals", "epsilon", "best", "rejected", "scored")
+    __slots__ = ("round", "attempt", "clients", "examples", "loss", "metrics", "per_client", "seconds", "bytes_up", "bytes_down", "refusals", "epsilon", "best", "rejected", "scored", "releases", "clip")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -180,6 +180,8 @@ class Round(_message.Message):
     BEST_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
     SCORED_FIELD_NUMBER: _ClassVar[int]
+    RELEASES_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
     round: int
     attempt: int
     clients: _containers.RepeatedScalarFieldContainer[str]
@@ -195,7 +197,9 @@ class Round(_message.Message):
     best: bool
     rejected: str
     scored: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., clients: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., per_client: _Optional[_Mapping[str, Scores]] = ..., seconds: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[RoundRefusal, _Mapping]]] = ..., epsilon: _Optional[_Mapping[str, float]] = ..., best: _Optional[bool] = ..., rejected: _Optional[str] = ..., scored: _Optional[_Iterable[str]] = ...) -> None: ...
+    releases: int
+    clip: float
+    def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., clients: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., per_client: _Optional[_Mapping[str, Scores]] = ..., seconds: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[RoundRefusal, _Mapping]]] = ..., epsilon: _Optional[_Mapping[str, float]] = ..., best: _Optional[bool] = ..., rejected: _Optional[str] = ..., scored: _Optional[_Iterable[str]] = ..., releases: _Optional[int] = ..., clip: _Optional[float] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("history", "abandoned", "test", "test_per_client", "refusals", "best", "strategy")

@@ -148,9 +148,12 @@ class Database:
             if connection.execute("SELECT 1 FROM runs WHERE name = ?", (name,)).fetchone():
                 raise NameTaken(f"there is a run {name!r} already; choose another name")
             connection.execute(
-                "INSERT INTO runs (name, id, file, init, state, detail, submitted_at)"
-                " VALUES (?, ?, ?, ?, 'waiting', '', ?)",
-                (name, f"{name}.{secrets.token_hex(4)}", json.dumps(file), init, self._clock()),
+                "INSERT INTO runs (name, id, file, init, state, detail, submitted_at, secret)"
+                " VALUES (?, ?, ?, ?, 'waiting', '', ?, ?)",
+                (
+                    *(name, f"{name}.{secrets.token_hex(4)}", json.dumps(file), init, self._clock()),
+                    secrets.token_bytes(32),
+                ),
             )
         return self.run(name)
 
@@ -160,6 +163,13 @@ class Database:
         if row is None:
             raise NoSuchRun(f"there is no run {name!r}")
         return _run(row)
+
+    def run_secret(self, name: str) -> bytes:
+        """32 bytes of that run's own, for draws and noise that nobody may foresee; raises `NoSuchRun`."""
+        row = self.row("SELECT secret FROM runs WHERE name = ?", (name,))
+        if row is None or row[0] is None:
+            raise NoSuchRun(f"there is no run {name!r} with a secret: it was begun by an older fedkit")
+        return bytes(row[0])
 
     def runs(self) -> list[StoredRun]:
         """All runs in the order they were submitted."""

@@ -150,6 +150,11 @@ class SqliteJournal:
             found.append(Started(assignment_from_json(assignment), models[digest]))
         return tuple(found)
 
+    @property
+    def secret(self) -> bytes:
+        """32 bytes of the operating system's randomness, the same for the whole run, that nobody else knows."""
+        return self._database.run_secret(self._run)
+
     # -- the open round --------------------------------------------------------------------------------------------
 
     def open(self) -> OpenRound | None:

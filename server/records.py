@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fedkit.config import parse
+from fedkit.config import DP, parse
 from fedkit.errors import Reason
-from fedkit.rounds.assignment import Assignment
+from fedkit.rounds.assignment import Assignment, Clip, Private
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.journal import Entry, RoundRecord
 from fedkit.work import Evaluate, Fit, Gradient, Summarize
@@ -64,11 +64,16 @@ def assignment_from_json(text: str) -> Assignment:
     """What `assignment_to_json` wrote."""
     fields = json.loads(text)
     kind, settings = fields["work"]
-    cohort = tuple(fields.get("cohort", ()))
-    return Assignment(**(fields | {"work": parse(_WORK[kind], settings, where=kind), "cohort": cohort}))
+    fields |= {"work": parse(_WORK[kind], settings, where=kind), "cohort": tuple(fields.get("cohort", ()))}
+    private, clip = fields.get("private"), fields.get("clip")
+    if private is not None:
+        fields["private"] = Private(**(private | {"dp": parse(DP, private["dp"], where="dp")}))
+    if clip is not None:
+        fields["clip"] = Clip(**clip)
+    return Assignment(**fields)
 
 
-def _fields(value: RoundRecord | Entry | Assignment) -> dict[str, Any]:
+def _fields(value: RoundRecord | Entry | Assignment | Private | Clip) -> dict[str, Any]:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
@@ -84,6 +89,10 @@ def _dumped(fields: dict[str, Any]) -> str:
 def _plain(value: object) -> Any:
     if isinstance(value, Refusal):
         return [value.client, value.reason.value, value.detail]
+    if isinstance(value, Private | Clip):
+        return _fields(value)
+    if isinstance(value, DP):
+        return value.to_dict()
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, np.generic):

@@ -17,7 +17,7 @@ from fedkit import packing, registry
 from fedkit.config import parse
 from fedkit.errors import FedkitError, Reason, RunError, StorageError
 from fedkit.history import History
-from fedkit.privacy.submission import require_private
+from fedkit.privacy.submission import require_private, shield_for
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome, Plan, conduct
 from fedkit.rounds.journal import RoundRecord
@@ -104,6 +104,7 @@ class Runs:
         if file.privacy.dp is not None:
             require_private(strategy, task, fresh, file.privacy.dp)
         strategy.require_clients(_min_clients(file, strategy))
+        shield_for(strategy, file.privacy.dp, _min_clients(file, strategy))
         if init is not None:
             Weights.from_module(fresh, task.travels).manifest.require_shapes(init.manifest, "init")
         with self._blobs.lock:
@@ -132,6 +133,7 @@ class Runs:
             init=self._init(stored, live.journal),
             evaluate=file.evaluate,
             privacy=file.privacy,
+            shield=shield_for(strategy, file.privacy.dp, _min_clients(file, strategy)),
             min_clients=_min_clients(file, strategy),
             on_round=functools.partial(self._committed, live),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
 from fedkit.config import PositiveFloat
@@ -20,6 +22,8 @@ class Scaffold(Strategy):
     """
 
     server_lr: PositiveFloat = 1.0
+
+    uses: ClassVar[frozenset[str]] = frozenset({"mean", "send"})
 
     def check(self, task: Task, module: nn.Module) -> None:
         """Refuses tasks whose own train loop would ignore the control variates."""

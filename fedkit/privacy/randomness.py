@@ -25,14 +25,17 @@ _ZEROS = memoryview(bytes(1 << 18))
 class Randomness:
     """A stream of random numbers under a key of its own; make a fresh one for each piece of work.
 
+    `key`: 32 bytes that nobody else knows and that nothing else is drawn under; None: the operating system's
+    randomness, on which nothing that a run, a seed or a coordinator says has any influence.
+
     Guarantee: whoever sees some of its numbers learns nothing of the others, as far as AES-256 is a pseudorandom
-    function. Nothing that a run, a seed or a coordinator says has any influence on it.
+    function.
 
     Does not protect against: somebody who reads the memory of this process.
     """
 
-    def __init__(self) -> None:
-        cipher = Cipher(algorithms.AES256(secrets.token_bytes(32)), modes.CTR(bytes(_BLOCK_BYTES)))
+    def __init__(self, key: bytes | None = None) -> None:
+        cipher = Cipher(algorithms.AES256(key or secrets.token_bytes(32)), modes.CTR(bytes(_BLOCK_BYTES)))
         self._stream = cipher.encryptor()
 
     def chosen(self, rows: int, q: float) -> torch.Tensor:

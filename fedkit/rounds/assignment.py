@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from blake3 import blake3
 
 from fedkit.config import DP
+from fedkit.errors import Reason, Refused
 from fedkit.weights import Vector, Weights
-from fedkit.work import Answer, Work
+from fedkit.work import Answer, Update, Work
 
-__all__ = ["Assignment", "Parcel", "Private", "Returns", "Transport", "assignment_id", "question_digest"]
+__all__ = [
+    "WITHIN",
+    "Assignment",
+    "Clip",
+    "Parcel",
+    "Private",
+    "Returns",
+    "Transport",
+    "assignment_id",
+    "question_digest",
+]
 
 T = TypeVar("T")
 
 Returns: TypeAlias = Literal["update", "weights", "sums"]
+
+WITHIN = "within_clip"  # the extra vector of one element by which a client says whether its update was
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +59,7 @@ class Parcel:
 
 @dataclass(frozen=True, slots=True)
 class Private:
-    """That a run is differentially private, planned for `visits` pieces of training at each client.
+    """That a run is differentially private for rows, planned for `visits` pieces of training at each client.
 
     `questions` about the data come before: 1 where the run's preprocessing asks for statistics.
     """
@@ -53,6 +67,31 @@ class Private:
     dp: DP
     visits: int
     questions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """That an update is cut to a Euclidean norm before it leaves; `tells`: it says if it was within, as +-1/2."""
+
+    norm: float
+    tells: bool = False
+
+    def cut(self, update: Update) -> Update:
+        """The update as it may leave: no longer than the clip, without its loss; raises `Refused`."""
+        if update.extra:
+            raise Refused(Reason.SHAPE, f"no clip bounds the vectors {', '.join(sorted(update.extra))}")
+        length = update.weights.norm()
+        if not math.isfinite(length):
+            raise Refused(Reason.FAILED, "an update that is not finite cannot be clipped")
+        scale = min(1.0, self.norm * (1.0 - 1e-6) / length) if length else 1.0
+        extra = {WITHIN: np.array([0.5 if length <= self.norm else -0.5], dtype=np.float32)} if self.tells else {}
+        return replace(update, weights=scale * update.weights, loss=None, extra=extra)
+
+    def length(self, update: Update) -> float:
+        """The norm of an update that was cut; infinite for one that brings more, or less, than that."""
+        bits = [update.extra[name].tolist() for name in update.sizes if name == WITHIN and update.sizes[name] == 1]
+        as_agreed = len(update.sizes) == len(bits) == int(self.tells) and all(abs(bit) == 0.5 for [bit] in bits)
+        return update.weights.norm() if as_agreed else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +111,25 @@ class Assignment:
     returns: Returns
     cohort: tuple[str, ...] = ()
     private: Private | None = None
+    clip: Clip | None = None
 
 
 def question_digest(
-    run: str, round: int, attempt: int, work: Work, returns: Returns, parcel: Parcel, private: Private | None = None
+    run: str,
+    round: int,
+    attempt: int,
+    work: Work,
+    returns: Returns,
+    parcel: Parcel,
+    private: Private | None = None,
+    clip: Clip | None = None,
 ) -> str:
     """What all assignments of one call share: a digest of run, round, attempt, work and what is sent along."""
     parts = [run, round, attempt, type(work).__name__, work.to_dict(), returns, parcel.digest]
     if private is not None:
         parts += [private.dp.to_dict(), private.visits, private.questions]
+    if clip is not None:
+        parts += [clip.norm, clip.tells]
     return blake3(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -18,6 +18,7 @@ from fedkit.rounds.assignment import Private, Transport
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.federation import JournaledFederation, RunIdentity
 from fedkit.rounds.journal import Commit, Journal, RoundRecord
+from fedkit.rounds.shield import Shield
 from fedkit.strategy import Handed, Strategy
 from fedkit.task import Prepared, Task
 from fedkit.weights import Weights
@@ -41,6 +42,7 @@ class Plan:
     init: Weights | None = None
     evaluate: Evaluation | None = None
     privacy: Privacy = Privacy()
+    shield: Shield | None = None
     min_clients: int = 1
     on_round: Observer | None = None
 
@@ -108,8 +110,9 @@ class _Run(JournaledFederation):
 
     def __init__(self, plan: Plan, strategy: Strategy, transport: Transport, journal: Journal) -> None:
         dp = plan.privacy.dp
-        private = None if dp is None else Private(dp, strategy.visits, int(plan.task.prepare is not None))
-        identity = RunIdentity(plan.name, plan.seed, strategy.participation, strategy.least, private)
+        of_rows = dp is not None and dp.level == "example"
+        private = Private(dp, strategy.visits, int(plan.task.prepare is not None)) if dp and of_rows else None
+        identity = RunIdentity(plan.name, plan.seed, strategy.participation, strategy.least, private, plan.shield)
         super().__init__(identity, transport, journal)
         self._plan = plan
         self._strategy = strategy

@@ -13,19 +13,22 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from blake3 import blake3
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from fedkit.aggregation import Fold, KeepFold, Mean, MeanFold, SumFold, Total, Weighting
 from fedkit.config import Participation
-from fedkit.errors import ConfigError, Reason, Refused, RoundAbandoned
+from fedkit.errors import ConfigError, Reason, Refused, RoundAbandoned, RunError
 from fedkit.gate import BEFORE, Gate, Verdict
 from fedkit.queries import Query
-from fedkit.rounds.assignment import Assignment, Parcel, Private, Returns, Transport, question_digest
+from fedkit.rounds.assignment import Assignment, Clip, Parcel, Private, Returns, Transport, question_digest
 from fedkit.rounds.call import GroupCall, Refusal, State
 from fedkit.rounds.checks import inspect
 from fedkit.rounds.drive import drive
 from fedkit.rounds.flights import Flights, Landed
 from fedkit.rounds.journal import Entry, Journal, OpenRound, Started
 from fedkit.rounds.open import Progress
+from fedkit.rounds.shield import EVERY_CLIENT, Shield
 from fedkit.strategy import Arrival, Handed, Send
 from fedkit.weights import Manifest, Vector, Weights
 from fedkit.work import Answer, Evaluate, Fit, Gradient, Summarize, Update, Work
@@ -47,19 +50,28 @@ class RunIdentity:
     participation: Participation = Participation()
     least: int = 1
     private: Private | None = None
+    shield: Shield | None = None
 
 
 class _Question:
     """One call as it is asked: the work, what travels, and an assignment id for each client of the cohort."""
 
     def __init__(
-        self, identity: RunIdentity, now: Progress, work: Work, returns: Returns, parcel: Parcel, cohort: Sequence[str]
+        self,
+        identity: RunIdentity,
+        now: Progress,
+        work: Work,
+        returns: Returns,
+        parcel: Parcel,
+        cohort: Sequence[str],
+        clip: Clip | None = None,
     ) -> None:
         self.work, self.returns, self.parcel, self.cohort = work, returns, parcel, sorted(cohort)
+        self.clip = clip
         self._identity, self._round = identity, now.opened.round
         self.private = None if isinstance(work, Evaluate) else identity.private
         at = (now.opened.round, now.opened.attempt)
-        digest = question_digest(identity.name, *at, work, returns, parcel, self.private)
+        digest = question_digest(identity.name, *at, work, returns, parcel, self.private, clip)
         self.ids = {client: now.next_id(digest, client) for client in self.cohort}
         self.key = blake3("".join(self.ids.values()).encode()).hexdigest(length=16)
         names = ", ".join(self.cohort[:4]) + (", ..." if len(self.cohort) > 4 else "")
@@ -68,14 +80,17 @@ class _Question:
     def assignment(self, client: str) -> Assignment:
         """The assignment of one client."""
         run, seed = self._identity.name, self._identity.seed
-        cohort = tuple(self.cohort)
-        key, work = self.ids[client], self.work
-        return Assignment(key, run, seed, self._round, client, work, self.returns, cohort, self.private)
+        shield = self._identity.shield  # who was drawn is not for other clients' eyes: the draw is what hides them
+        cohort = tuple(self.cohort) if shield is None or shield.rate == 1.0 else ()
+        about = (self._round, client, self.work, self.returns, cohort, self.private, self.clip)
+        return Assignment(self.ids[client], run, seed, *about)
 
     def norm(self, answer: Answer) -> float:
         """How far an answer would move the model it was made from; 0 for sums."""
         if not isinstance(answer, Update):
             return 0.0
+        if self.clip is not None:
+            return self.clip.length(answer)
         moved = answer.weights - self._base(answer) if self.returns == "weights" else answer.weights
         return moved.norm()
 
@@ -146,13 +161,52 @@ class JournaledFederation:
         send: Send | None = None,
         weights: Weighting = "examples",
     ) -> Mean:
-        """The weighted mean of the cohort's updates; raises `RoundAbandoned` below the quorum."""
+        """The weighted mean of the cohort's updates; raises `RoundAbandoned` below the quorum.
+
+        Under client-level privacy, the noised sum of clipped updates over the expected number of clients.
+        """
+        if self.identity.shield is not None:
+            return await self._shielded(self.identity.shield, cohort, Parcel(model, _vectors(send)), work)
         fold = MeanFold(cohort, model.manifest, weights)
         question = self._ask(work, "update", Parcel(model, _vectors(send)), cohort)
         await self._group(question, fold, self.identity.participation)
         mean = await self.transport.aside("fold", fold.result)
         self.now.contributed(mean.clients, mean.examples, mean.loss)
         return mean
+
+    async def _shielded(self, shield: Shield, cohort: Collection[str], parcel: Parcel, work: Fit | Gradient) -> Mean:
+        if self.now.releases or sorted(cohort) != sorted(self.drawn or ()):
+            raise RunError("client-level privacy covers one mean a round, over the clients it has drawn: self.cohort()")
+        shield.require(len(self.clients))
+        cost = shield.epsilon(1 + sum(one.releases for one in (*self.journal.history(), *self.journal.abandoned())))
+        clip, expected = Clip(self._clip(shield), shield.tells), max(shield.rate * len(self.clients), 1.0)
+        fold = MeanFold(cohort, parcel.model.manifest, "uniform", over=expected)
+        question = _Question(self.identity, self.now, work, "update", parcel, list(cohort), clip)
+        if cohort:
+            rule = Participation(quorum=1, deadline_s=self.identity.participation.deadline_s, max_update_norm=clip.norm)
+            await self._group(question, fold, rule, optional=True)
+        key = self._secret("noise", question.key)
+        plain = fold.result()
+        released = await self.transport.aside("fold", lambda: shield.released(plain, clip.norm, expected, key))
+        self.now.releases, self.now.clip, self.now.epsilon = 1, released.clip, {EVERY_CLIENT: cost}
+        self.now.contributed(plain.clients, plain.examples, None)
+        return released.mean
+
+    def _clip(self, shield: Shield) -> float:
+        """The clip after the last round that had one."""
+        known = (record.clip for record in reversed(self.journal.history()))
+        return next((clip for clip in known if clip is not None), shield.first_clip)
+
+    def _secret(self, *purpose: str) -> bytes:
+        """A key for one purpose in this attempt, the same if it is replayed."""
+        info = "\x1f".join((*purpose, self.identity.name, str(self.round), str(self.now.opened.attempt)))
+        return HKDFExpand(hashes.SHA256(), 32, info.encode()).derive(self.journal.secret)
+
+    @property
+    def drawn(self) -> tuple[str, ...] | None:
+        """Whom client-level privacy has drawn for this round, in secret; None where the strategy draws."""
+        shield = self.identity.shield
+        return None if shield is None else shield.drawn(self.clients, self._secret("cohort"))
 
     async def updates(
         self, cohort: Collection[str], model: Weights, work: Fit | Gradient, send: Send | None = None

@@ -6,6 +6,7 @@ again and finds its earlier answers here. `MemoryJournal` is the twin that simul
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -24,8 +25,10 @@ class RoundRecord:
 
     `loss` is the mean training loss, `metrics` the validation scores pooled over the clients `scored`, and `per_client`
     each client's, where a round was evaluated and sites release them. `seconds` is wall time; bytes are payload, up
-    from and down to clients. `rejected` says why a round does not stand: the scores are then those of the model it
-    would have made.
+    from and down to clients. `epsilon` is what the run has cost each client so far, or all of them alike under
+    `fedkit.rounds.shield.EVERY_CLIENT`; `releases` counts the noised means of the attempt, and `clip` is the norm to
+    which the next one's updates are clipped. `rejected` says why a round does not stand: the scores are then those of
+    the model it would have made.
     """
 
     round: int
@@ -43,6 +46,8 @@ class RoundRecord:
     best: bool = False
     rejected: str = ""
     scored: tuple[str, ...] = ()
+    releases: int = 0
+    clip: float | None = None
 
     @property
     def stands(self) -> bool:
@@ -114,6 +119,11 @@ class BestRound:
 class Journal(Protocol):
     """What a run writes down. Every method returns only when what it was given would survive a crash."""
 
+    @property
+    def secret(self) -> bytes:
+        """32 bytes of the operating system's randomness, the same for the whole run, that nobody else knows."""
+        ...
+
     def last(self) -> Commit | None:
         """The last commit, or None before the first."""
         ...
@@ -163,6 +173,7 @@ class MemoryJournal:
     """A journal in memory. With `keep_answers`, accepted answers are kept too, as a coordinator's spool files are."""
 
     def __init__(self, *, keep_answers: bool = False) -> None:
+        self.secret = secrets.token_bytes(32)
         self._keep_answers = keep_answers
         self._last: Commit | None = None
         self._best: BestRound | None = None

@@ -97,6 +97,8 @@ class Progress:
         self.accepted: list[str] = []
         self.refusals: list[Refusal] = []
         self.epsilon: dict[str, float] = {}  # what the run has cost each client so far, by its own ledger
+        self.releases = 0  # of noised means
+        self.clip: float | None = None  # after the last of them
         self.bytes_up = 0
         self.bytes_down = 0
         self._asked: Counter[tuple[str, str]] = Counter()
@@ -140,5 +142,7 @@ class Progress:
             bytes_down=self.bytes_down,
             refusals=tuple(self.refusals),
             epsilon=dict(sorted(self.epsilon.items())),
+            releases=self.releases,
+            clip=self.clip,
             **more,
         )

@@ -16,7 +16,7 @@ from torch import nn
 from fedkit import codec, rng
 from fedkit.config import Evaluation, Privacy
 from fedkit.errors import ConfigError, RunFailed
-from fedkit.privacy.submission import require_private
+from fedkit.privacy.submission import require_private, shield_for
 from fedkit.progress import shown
 from fedkit.result import Result, trained, warn_of_failures
 from fedkit.rounds.conduct import Plan, conduct
@@ -65,6 +65,7 @@ def simulate(
     names = client_names(clients)
     if privacy.dp is not None:
         require_private(strategy, task, task.build(seed), privacy.dp)
+    shield = shield_for(strategy, privacy.dp, len(names))
     plan_init = _init(init, task)
     _require_counts(workers=workers, threads=1 if threads is None else threads)
     holds_out_valid = evaluate is not None or strategy.needs_valid
@@ -81,6 +82,7 @@ def simulate(
                 init=plan_init,
                 evaluate=evaluate,
                 privacy=privacy,
+                shield=shield,
                 min_clients=len(names),
                 on_round=observer,
             )

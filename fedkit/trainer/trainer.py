@@ -133,7 +133,7 @@ class Trainer:
 
         With `private`, a `Fit` or `Gradient` is done by `NoisyGradients` and tells no loss. Raises `Refused` where the
         plan is not what the work means on this data, `IncompatibleStrategy` where it cannot be done privately. With
-        `question`, the answer to a `Summarize` is noised as that step says.
+        `question`, the answer to a `Summarize` is noised as that step says. An update that is to be clipped is.
         """
         work = assignment.work
         if private is not None:
@@ -142,7 +142,10 @@ class Trainer:
             return self._summarize(assignment.client, work, question), state
         if isinstance(work, Fit) and work.gate is not None:
             return self._fit_gated(assignment, work.gate, parcel, state)
-        return self._work(assignment, parcel, state)
+        answer, after = self._work(assignment, parcel, state)
+        if assignment.clip is not None and isinstance(answer, Update):
+            return assignment.clip.cut(answer), after
+        return answer, after
 
     def _work(self, assignment: Assignment, parcel: Parcel, state: ClientState) -> tuple[Answer, ClientState]:
         work = assignment.work

@@ -33,7 +33,7 @@ import fedkit
 from fedkit.errors import ConfigError, NameTaken, NoSuchRun, Reason, StateError, StorageError
 from fedkit.packing import pack
 from fedkit.queries import Histogram, LabelCounts, Moments
-from fedkit.rounds.assignment import Assignment
+from fedkit.rounds.assignment import Assignment, Clip, Private
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Outcome
 from fedkit.rounds.journal import Commit, Entry, MemoryJournal, OpenRound, RoundRecord, Started
@@ -494,7 +494,9 @@ def test_a_large_state_lies_in_a_file_as_long_as_it_stands(desk: Desk) -> None:
 
 
 def test_flights_that_began_with_one_model_share_it_after_a_restart(desk: Desk) -> None:
-    flights = [Assignment(str(i), "heart", 3, 1, "ann", Fit(steps=1), "update") for i in range(3)]
+    about = ("heart", 3, 1, "ann", Fit(steps=1), "update", ("ann", "bob"))
+    private = Private(fedkit.DP(noise_multiplier=1.0, delta=1e-5), 3, 1)
+    flights = [Assignment("0", *about), Assignment("1", *about, private), Assignment("2", *about, None, Clip(0.5))]
     started = tuple(Started(one, weights) for one, weights in zip(flights, [large(1), large(1), large(2)], strict=True))
     go_on(desk.journal, large(2), started=started)
     last = desk.reopen().last()
@@ -503,6 +505,14 @@ def test_flights_that_began_with_one_model_share_it_after_a_restart(desk: Desk) 
     assert last.started[2].model is last.model
     go_on(desk.journal, large(3), started=started[:1])
     assert files(desk) == {large(1).digest, large(3).digest}
+
+
+def test_a_run_has_a_secret_of_its_own_that_stays(desk: Desk) -> None:
+    secret = desk.journal.secret
+    assert len(secret) == 32
+    assert desk.reopen().secret == secret
+    desk.database.add_run("other", {})
+    assert desk.database.run_secret("other") != secret
 
 
 def test_a_state_that_cannot_be_packed_leaves_the_round_open(desk: Desk) -> None:

@@ -18,6 +18,7 @@ from fedkit.errors import IncompatibleStrategy, Reason, RefusalWarning
 from fedkit.loopback import Loopback
 from fedkit.privacy.accounting import epsilon_of, rdp_of
 from fedkit.privacy.ledger import Ledger
+from fedkit.rounds.shield import EVERY_CLIENT
 from fedkit.strategies import CyclicWeightTransfer, FedAvg, FedBuff, FedSGD
 from fedkit.work import Gradient, Steps
 from tests.network import tasks
@@ -154,6 +155,23 @@ def test_scores_of_data_with_a_budget_are_exact_and_so_refused_unless_the_site_a
     expected = (Reason.POLICY, "scores: exact ones (allowed: none, as cohort-7 has a budget without evaluate = true)")
     assert why(result) == {expected}
     assert why(result, "bea") == set()
+
+
+def test_whole_clients_are_protected_by_the_coordinator_and_a_budget_for_rows_does_not_allow_it(
+    federation: Loopback,
+) -> None:
+    strategy = FedAvg(rounds=2, local=LOCAL)
+    privacy = private(epsilon=8.0, delta=0.2, level="client", few_clients=True, max_update_norm=0.1)
+    result = trained(federation, strategy, name="whole", privacy=privacy)
+    expected = (Reason.POLICY, "privacy: none (allowed: differential privacy, as cohort-7 has a budget)")
+    assert why(result) == {expected}
+    [first, last] = result.history
+    assert (first.clients, first.loss) == (("bea", "cyd"), None)
+    assert 0.0 < first.epsilon[EVERY_CLIENT] < last.epsilon[EVERY_CLIENT] <= 8.0
+    assert last.clip == 0.1
+    book = ledger(federation, "bea")
+    assert not [one for account in book.accounts() for one in account.reservations if one.run.startswith("whole.")]
+    book.close()
 
 
 def test_a_budget_whose_delta_could_give_a_row_away_covers_nothing(federation: Loopback, tmp_path: Path) -> None:
