@@ -179,13 +179,28 @@ class _Tally:
         self.harmful += report.failed
 
 
-def bad_inputs() -> _Tally:
-    """Everything in `tests/hostile`, and what is made up for every RPC: each must cost nothing else."""
-    os.environ["FEDKIT_FUZZ_EXAMPLES"] = "400"
+def _tested(*names: str, **environment: str) -> _Tally:
+    """What these files of network tests come to."""
+    os.environ.update(environment)
     tally, folder = _Tally(), Path(__file__).parents[1] / "tests" / "network"
-    files = [str(folder / f"test_{name}.py") for name in ("hostile_table", "hostile_updates", "fuzz")]
+    files = [str(folder / f"test_{name}.py") for name in names]
     pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", *files], plugins=[tally])
     return tally
+
+
+def bad_inputs() -> _Tally:
+    """Everything in `tests/hostile`, and what is made up for every RPC: each must cost nothing else."""
+    return _tested("hostile_table", "hostile_updates", "fuzz", FEDKIT_FUZZ_EXAMPLES="400")
+
+
+def spending() -> list[Figure]:
+    """Processes killed at each step at which privacy is spent, 15 times each."""
+    tally = _tested("spending", FEDKIT_SPENDING_KILLS="15")
+    where = "reserve, train, store, send, commit"
+    return [
+        Figure("kills where privacy is spent", tally.tried, ">= 200", where),
+        Figure("of them, counted too low", tally.harmful, "== 0", "or refused, or noised twice"),
+    ]
 
 
 STRATEGIES: dict[str, tuple[Strategy, int]] = {  # with the kills that one run of it takes: 200 in all
@@ -226,9 +241,11 @@ def totals(reports: list[Report], tally: _Tally) -> list[Figure]:
 def main() -> None:
     """Kills and counts; exits with 1 where anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=STRATEGIES, help="of the strategies, this one")
+    parser.add_argument("--only", choices=[*STRATEGIES, "spending"], help="of all that is killed, this alone")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
+    if chosen.only == "spending":
+        sys.exit(not show("Faults", spending()))
     reports, figures = [], []
     for name in [chosen.only] if chosen.only else STRATEGIES:
         report, found = killed(name, chosen.seed)
@@ -238,7 +255,7 @@ def main() -> None:
     for side, way in ways.items():
         ratio = resent(side, 20, chosen.seed)
         figures.append(Figure(f"{way} of 100 MB, cut 20 times: bytes sent / size", ratio, "<= 1.15"))
-    sys.exit(not show("Faults", figures + totals(reports, bad_inputs())))
+    sys.exit(not show("Faults", figures + spending() + totals(reports, bad_inputs())))
 
 
 if __name__ == "__main__":

@@ -303,10 +303,9 @@ class Agent:
             performing = perform(job, report, functools.partial(self._reserve, assignment, message.task))
             outcome = await self._permits.during(performing)
         is_private = assignment.private is not None
-        if is_private:  # whatever is said now, and be it a refusal, came of this noise: it is not drawn again
-            counts = (outcome.get("clipped", 0), outcome.get("gradients", 0))
-            self._permits.ledger.close_reservation(message.id, *counts)
         if "refused" in outcome:
+            if is_private:  # that may come of the noise, which is then not drawn again
+                self._permits.ledger.close_reservation(message.id)
             self._log_failure(message, outcome)
             raise Refused(Reason(outcome["refused"]), outcome["detail"])
         if outcome["examples"] > self._settings.max_examples:
@@ -317,6 +316,9 @@ class Agent:
             facts |= {"loss": None, "epsilon": self._permits.cost(assignment, message.task)}
         stored = Stored(**(facts | {"id": message.id, "run": message.run}))
         self._outbox.put(stored, has_state=outcome["has_state"], durable=is_private)
+        if is_private:
+            counts = (outcome.get("clipped", 0), outcome.get("gradients", 0))
+            self._permits.ledger.close_reservation(message.id, *counts)
         asked = {"work": message.WhichOneof("work"), "model": message.model_digest.hex()}
         about = _about(message, self._settings.name)
         log.info("stored", **about, **asked, bytes=stored.payload_bytes, result=stored.digest)

@@ -22,6 +22,7 @@ from fedkit.client.agent import Agent
 from fedkit.client.line import Line
 from fedkit.client.outbox import Outbox, Stored
 from fedkit.history import History
+from fedkit.privacy.ledger import Ledger
 from fedkit.server.agents import AgentService
 from fedkit.server.attendance import Session
 from fedkit.server.errands import Published
@@ -29,7 +30,7 @@ from fedkit.server.journal import SqliteJournal
 from fedkit.server.transport import RunTransport
 from fedkit.spool import Intake
 
-__all__ = ["ARCHIVE", "STEPS", "Said", "Step", "archive_updates"]
+__all__ = ["ARCHIVE", "SPENDING", "STEPS", "Said", "Step", "archive_updates"]
 
 ARCHIVE = "FEDKIT_TEST_ARCHIVE"
 _BLOB = re.compile(r".*/models/[0-9a-f]{64}")
@@ -138,6 +139,25 @@ STEPS: dict[str, Step | Said] = {
     "ada: after the acknowledgement": Step(Line, "deliver", is_after=True),
     "ada: before the news is written down": Step(Outbox, "settle", when=_is_news),
     "ada: after the news is written down": Step(Outbox, "settle", is_after=True, when=_is_news),
+}
+
+
+# Where privacy is spent: reserve, train, store, send, commit.
+SPENDING: dict[str, Step | Said] = {
+    "ada: before the reservation": Step(Ledger, "reserve", at=2),
+    "ada: after the reservation": Step(Ledger, "reserve", is_after=True, at=2),
+    "ada: in private training": Step(fedkit.client.trainers._Worker, "send", is_after=True, at=4),
+    "ada: before a noised result is stored": Step(Outbox, "put", at=2),
+    "ada: after a noised result is stored": Step(Outbox, "put", is_after=True, at=2),
+    "ada: before the reservation is closed": Step(Ledger, "close_reservation", at=2),
+    "ada: after the reservation is closed": Step(Ledger, "close_reservation", is_after=True, at=2),
+    "ada: before a noised result is sent": Step(Line, "post", at=2),
+    "ada: after a noised result is sent": Step(Line, "post", is_after=True, at=2),
+    "ada: before the commit is written down": Step(Outbox, "settle", when=_is_news),
+    "ada: after the commit is written down": Step(Outbox, "settle", is_after=True, when=_is_news),
+    "server: after noised results are there": Step(SqliteJournal, "note", at=2),
+    "server: before the commit of noised results": Step(SqliteJournal, "_write_commit", is_after=True, at=2),
+    "server: after the commit of noised results": Step(SqliteJournal, "_stands", at=2),
 }
 
 
