@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from scipy.special import gammaln, logsumexp
 from fedkit.errors import ConfigError
 from fedkit.work import Steps
 
-__all__ = ["ORDERS", "Spent", "epsilon_of", "noise_for", "rdp_of", "spent"]
+__all__ = ["ORDERS", "Spent", "Tally", "epsilon_of", "noise_for", "rdp_of", "spent"]
 
 ORDERS: tuple[int, ...] = (*range(2, 65), *range(68, 129, 4), *range(144, 257, 16), 320, 384, 512)
 _PLD_KINDS = 8  # different (noise, q) pairs of which a privacy loss distribution is made; each takes about a second
@@ -41,6 +41,22 @@ class Spent:
     def epsilon(self) -> float:
         """The smaller of the two: both are upper bounds."""
         return self.rdp if self.pld is None else min(self.rdp, self.pld)
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Steps counted by (noise multiplier, q), which is all that their cost depends on."""
+
+    counts: Mapping[tuple[float, float], int] = field(default_factory=dict)
+
+    def plus(self, steps: Steps) -> Tally:
+        """With these steps too."""
+        kind = (steps.noise_multiplier, steps.q)
+        return Tally({**self.counts, kind: self.counts.get(kind, 0) + steps.count})
+
+    def __iter__(self) -> Iterator[Steps]:
+        """The steps of each kind."""
+        return (Steps(*kind, count) for kind, count in self.counts.items())
 
 
 def rdp_of(history: Iterable[Steps]) -> npt.NDArray[np.float64]:

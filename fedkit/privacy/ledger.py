@@ -27,7 +27,7 @@ from urllib.parse import quote
 from blake3 import blake3
 
 from fedkit.errors import Reason, Refused, StorageError
-from fedkit.privacy.accounting import Spent, epsilon_of, rdp_of, spent
+from fedkit.privacy.accounting import Spent, Tally, epsilon_of, rdp_of, spent
 from fedkit.work import Steps
 
 __all__ = ["Account", "Budget", "Ledger", "Reservation"]
@@ -70,19 +70,16 @@ class Account:
     reservations: tuple[Reservation, ...] = ()
     open: frozenset[str] = frozenset()  # assignments whose work has not ended
     clipped: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # by run: clipped gradients, and all of them
+    steps: Tally = Tally()  # all of them, those that are only reserved too
+    steps_by_run: Mapping[str, Tally] = field(default_factory=dict)
 
-    @property
-    def history(self) -> list[Steps]:
-        """All steps, those that are only reserved among them."""
-        return [one.steps for one in self.reservations]
-
-    def history_of(self, run: str) -> list[Steps]:
+    def steps_of(self, run: str) -> Tally:
         """The steps of one run."""
-        return [one.steps for one in self.reservations if one.run == run]
+        return self.steps_by_run.get(run, Tally())
 
     def spent(self, delta: float, *, run: str | None = None, tight: bool = True) -> Spent:
         """What all steps cost, or those of one run."""
-        return spent(self.history if run is None else self.history_of(run), delta, tight=tight)
+        return spent(self.steps if run is None else self.steps_of(run), delta, tight=tight)
 
 
 class Ledger:
@@ -95,7 +92,7 @@ class Ledger:
         self._path = path
         self._head = _START
         self._accounts: dict[str, Account] = {}
-        self._places: dict[str, str] = {}  # the data set of each assignment
+        self._reserved: dict[str, Reservation] = {}  # by assignment
         with contextlib.ExitStack() as files:
             with self._told():
                 self._db = files.enter_context(contextlib.closing(self._looking() if look else self._writing(files)))
@@ -153,7 +150,7 @@ class Ledger:
         Raises `Refused` where it would go beyond the budget of the data, or of the run (`of_run`), is another one than
         the assignment had before, or was used up: what was noised and stored once must not be noised again.
         """
-        before = self._reserved(wish.assignment)
+        before = self._reserved.get(wish.assignment)
         if before is not None:
             if before != wish:
                 raise Refused(Reason.PRIVACY, f"assignment {wish.assignment} has another reservation already")
@@ -163,27 +160,23 @@ class Ledger:
         account = self.account(wish.data)
         self.check(wish, budget)
         if of_run is not None:
-            _require(wish, account.history_of(wish.run), of_run, f"the run at {wish.data}")
+            _require(wish, account.steps_of(wish.run), of_run, f"the run at {wish.data}")
         self._append({"kind": "reserve", "relation": _RELATION, "mechanism": "sampled_gaussian", **asdict(wish)})
 
     def check(self, wish: Reservation, budget: Budget) -> None:
         """Raises `Refused` where the reservation would go beyond the budget of the data."""
-        if self._reserved(wish.assignment) is None:
-            _require(wish, self.account(wish.data).history, budget, wish.data)
+        if wish.assignment not in self._reserved:
+            _require(wish, self.account(wish.data).steps, budget, wish.data)
 
     def close_reservation(self, assignment: str, clipped: int = 0, gradients: int = 0) -> None:
         """The work under it has ended, with a result or a refusal, and so many of its gradients were clipped.
 
         Nothing happens where there is no open reservation.
         """
-        wish = self._reserved(assignment)
+        wish = self._reserved.get(assignment)
         if wish is not None and assignment in self.account(wish.data).open:
             about = {"assignment": assignment, "run": wish.run, "data": wish.data}
             self._append({"kind": "closed", "clipped": clipped, "gradients": gradients, **about})
-
-    def _reserved(self, assignment: str) -> Reservation | None:
-        account = self._accounts.get(self._places.get(assignment, ""))
-        return None if account is None else next(one for one in account.reservations if one.assignment == assignment)
 
     # -- entries -------------------------------------------------------------------------------------------------------
 
@@ -205,9 +198,13 @@ class Ledger:
             named = {name: entry[name] for name in ("assignment", "run", "data", "clip")}
             wish = Reservation(steps=Steps(**entry["steps"]), **named)
             account = replace(
-                account, reservations=(*account.reservations, wish), open=account.open | {wish.assignment}
+                account,
+                reservations=(*account.reservations, wish),
+                open=account.open | {wish.assignment},
+                steps=account.steps.plus(wish.steps),
+                steps_by_run={**account.steps_by_run, wish.run: account.steps_of(wish.run).plus(wish.steps)},
             )
-            self._places[wish.assignment] = data
+            self._reserved[wish.assignment] = wish
         else:
             clipped, gradients = account.clipped.get(entry["run"], (0, 0))
             sums = (clipped + entry["clipped"], gradients + entry["gradients"])
@@ -229,11 +226,11 @@ class Ledger:
             raise StorageError(text) from error
 
 
-def _require(wish: Reservation, history: list[Steps], budget: Budget, whose: str) -> None:
-    """Raises `Refused` where the wish, after that history, is beyond the budget."""
-    cost = epsilon_of(rdp_of([*history, wish.steps]), budget.delta)
+def _require(wish: Reservation, before: Tally, budget: Budget, whose: str) -> None:
+    """Raises `Refused` where the wish, after what was before, is beyond the budget."""
+    cost = epsilon_of(rdp_of(before.plus(wish.steps)), budget.delta)
     if not cost <= budget.epsilon:
-        left = max(budget.epsilon - epsilon_of(rdp_of(history), budget.delta), 0.0)
+        left = max(budget.epsilon - epsilon_of(rdp_of(before), budget.delta), 0.0)
         text = (
             f"{whose} would have cost epsilon {_up(cost)}, its budget is {budget.epsilon:g} at delta {budget.delta:g}; "
             f"{_down(left)} are left"

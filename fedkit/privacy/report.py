@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedkit.privacy.accounting import Spent, epsilon_of, rdp_of
+from fedkit.privacy.accounting import Spent, Tally, epsilon_of, rdp_of
 from fedkit.privacy.ledger import Account, Budget
 from fedkit.work import Steps
 
@@ -59,9 +59,10 @@ def report(account: Account, budget: Budget | None, delta: float) -> Report:
     runs = dict.fromkeys(one.run for one in account.reservations)
     left = rounds = None
     if budget is not None:
-        enforced = epsilon_of(rdp_of(account.history), at)
+        enforced = epsilon_of(rdp_of(account.steps), at)
         left = max(budget.epsilon - enforced, 0.0)
-        rounds = affordable(account.history, account.history[-1], budget) if account.history else None
+        last = account.reservations[-1:]
+        rounds = affordable(account.steps, last[0].steps, budget) if last else None
     costs = tuple(_cost(account, run, at) for run in runs)
     return Report(account.data, account.rows, account.fingerprint, whole, budget, left, rounds, costs)
 
@@ -82,9 +83,9 @@ def _cost(account: Account, run: str, delta: float) -> RunCost:
     )
 
 
-def affordable(history: list[Steps], more: Steps, budget: Budget) -> int:
+def affordable(spent: Tally, more: Steps, budget: Budget) -> int:
     """How many times `more` still fits into the budget, at most 2^20 times."""
-    before, each = rdp_of(history), rdp_of([more])
+    before, each = rdp_of(spent), rdp_of([more])
 
     def fits(times: int) -> bool:
         return epsilon_of(before + times * each, budget.delta) <= budget.epsilon

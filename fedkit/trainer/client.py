@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from fedkit.errors import DataError, IncompatibleStrategy, Reason, Refused
-from fedkit.privacy.accounting import epsilon_of, rdp_of
+from fedkit.privacy.accounting import Tally, epsilon_of, rdp_of
 from fedkit.privacy.plan import Planned, planned
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.trainer.trainer import ClientState, Trainer
@@ -93,7 +93,7 @@ class LocalClient:
         self.name = name
         self.trained = 0
         self.failure: Exception | None = None
-        self._spent: dict[str, list[Steps]] = {}  # by run
+        self._spent: dict[str, Tally] = {}  # by run
         self._trainer = trainer
         self._store = store
 
@@ -133,11 +133,10 @@ class LocalClient:
     def _charged(self, assignment: Assignment, answer: Answer, steps: Steps) -> Answer:
         """The answer with what the run has cost so far; a simulated client has no budget but the run's."""
         assert assignment.private is not None  # there was a plan
-        history = self._spent.setdefault(assignment.run, [])
-        history.append(steps)
+        spent = self._spent[assignment.run] = self._spent.get(assignment.run, Tally()).plus(steps)
         if not isinstance(answer, Update):
             return answer
-        return replace(answer, loss=None, epsilon=epsilon_of(rdp_of(history), assignment.private.dp.delta))
+        return replace(answer, loss=None, epsilon=epsilon_of(rdp_of(spent), assignment.private.dp.delta))
 
     def settle(self, accepted: list[str], dropped: list[str]) -> None:
         """A round is durable or abandoned: forget and undo accordingly."""

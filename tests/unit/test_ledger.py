@@ -54,7 +54,7 @@ def test_what_is_reserved_counts_at_once_and_in_full(ledger: Ledger) -> None:
 def test_an_assignment_has_one_reservation_however_often_it_is_asked(ledger: Ledger) -> None:
     for _ in range(3):
         ledger.reserve(wish(1), WIDE)
-    assert ledger.account("hearts").history == [STEPS]
+    assert list(ledger.account("hearts").steps) == [STEPS]
     assert "another reservation" in refused(ledger, wish(1, Steps(1.0, 0.1, 50)), WIDE)
 
 
@@ -65,7 +65,7 @@ def test_what_was_noised_and_stored_once_is_not_noised_again(tmp_path: Path, led
     ledger.close()
     again = Ledger(tmp_path / "ledger.db")
     assert "was done" in refused(again, wish(1), WIDE)
-    assert again.account("hearts").history == [STEPS]
+    assert list(again.account("hearts").steps) == [STEPS]
     again.close()
 
 
@@ -106,7 +106,7 @@ def test_another_content_of_the_data_keeps_what_was_spent(ledger: Ledger) -> Non
     ledger.reserve(wish(1), WIDE)
     ledger.identify("hearts", 310, "bb")
     account = ledger.account("hearts")
-    assert (account.rows, account.fingerprint, account.history) == (310, "bb", [STEPS])
+    assert (account.rows, account.fingerprint, list(account.steps)) == (310, "bb", [STEPS])
 
 
 def test_everything_is_there_when_the_ledger_is_opened_again(tmp_path: Path, ledger: Ledger) -> None:
