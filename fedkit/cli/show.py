@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LiveRounds",
+    "audit",
     "busy",
     "clients",
     "comparison",
@@ -38,6 +40,7 @@ __all__ = [
     "rounds",
     "runs",
     "say",
+    "stages",
     "test_scores",
 ]
 
@@ -65,6 +68,21 @@ def print_line(text: str) -> None:
 def busy(what: str, quiet: bool) -> contextlib.AbstractContextManager[Any]:
     """A spinner beside `what` until the block ends."""
     return contextlib.nullcontext() if quiet else console.status(what)
+
+
+@contextlib.contextmanager
+def stages(quiet: bool) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """One bar a stage: the function begins the next one, and returns what is told how far it is, and of how much."""
+    bar = Progress(transient=True, console=console, disable=quiet or not console.is_terminal)
+
+    def begin(what: str) -> Callable[[int, int], None]:
+        for task in bar.tasks:
+            bar.update(task.id, total=1, completed=1)
+        this = bar.add_task(what, total=None)
+        return lambda done, total: bar.update(this, completed=done, total=total or None)
+
+    with bar:
+        yield begin
 
 
 class LiveRounds:
@@ -252,6 +270,14 @@ def privacy(found: Sequence[Report], head: str, *, with_runs: bool) -> None:
     for text in NOT_COVERED:
         say(f"  * {text}")
     say(f"digest of the ledger {head}")
+
+
+def audit(rows: Sequence[Sequence[str]]) -> None:
+    """Attacks, one a line: what each found, what is claimed, what it finds without noise, what that means."""
+    table = _plain("Audit", "attack", "found", "claimed", "without noise", "what it means")
+    for cells in rows:
+        _add(table, cells)
+    console.print(table)
 
 
 def _costs(one: Report) -> Table:

@@ -23,6 +23,7 @@ __all__ = [
     "shuffled",
     "smallest_class",
     "split_valid",
+    "subset",
     "to_device",
 ]
 
@@ -82,10 +83,11 @@ def split_valid(data: Data, seed: int, client: str) -> tuple[Dataset[Any], Datas
         raise DataError(f"{client}: {count} training rows cannot be split; give Data(valid=...)")
     order = torch.randperm(count, generator=rng.torch_generator(seed, "valid", client))
     held = max(int(count * VALID_SHARE), 1)
-    return _subset(data.train, order[held:].sort().values), _subset(data.train, order[:held].sort().values)
+    return subset(data.train, order[held:].sort().values), subset(data.train, order[:held].sort().values)
 
 
-def _subset(rows: Dataset[Any], index: torch.Tensor) -> Dataset[Any]:
+def subset(rows: Dataset[Any], index: torch.Tensor) -> Dataset[Any]:
+    """The rows of these numbers [count], in this order."""
     if isinstance(rows, TensorDataset):
         return TensorDataset(*(column[index] for column in rows.tensors))
     return Subset(rows, index.tolist())
