@@ -318,7 +318,7 @@ class Agent:
         self._outbox.put(stored, has_state=outcome["has_state"], durable=is_private)
         if is_private:
             counts = (outcome.get("clipped", 0), outcome.get("gradients", 0))
-            self._permits.ledger.close_reservation(message.id, *counts)
+            self._permits.ledger.close_reservation(message.id, *counts, is_stored=True)
         asked = {"work": message.WhichOneof("work"), "model": message.model_digest.hex()}
         about = _about(message, self._settings.name)
         log.info("stored", **about, **asked, bytes=stored.payload_bytes, result=stored.digest)

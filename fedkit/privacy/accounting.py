@@ -102,13 +102,19 @@ def epsilon_of(rdp: npt.NDArray[np.float64], delta: float) -> float:
     By Canonne, Kamath and Steinke 2020, proposition 12; none where delta bounds the total variation distance
     (Bretagnolle-Huber).
     """
-    orders = np.array(ORDERS, dtype=np.float64)
     if not np.isfinite(rdp).any():
         return math.inf
-    bounds = rdp + np.log1p(-1.0 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1.0)
-    if not np.any(rdp > 0.0) or np.any(delta**2 + np.expm1(-rdp) > 0.0):
+    if not rdp.any() or bool((delta**2 + np.expm1(-rdp) > 0.0).any()):
         return 0.0
-    return float(max(np.min(bounds), 0.0))
+    return max(float((rdp + _fixed_terms(delta)).min()), 0.0)
+
+
+@functools.lru_cache(maxsize=64)
+def _fixed_terms(delta: float) -> npt.NDArray[np.float64]:
+    """What of the bounds does not depend on the divergence."""
+    orders = np.array(ORDERS, dtype=np.float64)
+    terms: npt.NDArray[np.float64] = np.log1p(-1.0 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1.0)
+    return terms
 
 
 def spent(history: Iterable[Steps], delta: float, *, tight: bool = True) -> Spent:

@@ -121,7 +121,6 @@ class Ledger:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         db = sqlite3.connect(self._path, isolation_level=None, timeout=5.0)
         db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
         db.executescript(_SCHEMA)
         return db
 
@@ -168,22 +167,26 @@ class Ledger:
         if wish.assignment not in self._reserved:
             _require(wish, self.account(wish.data).steps, budget, wish.data)
 
-    def close_reservation(self, assignment: str, clipped: int = 0, gradients: int = 0) -> None:
+    def close_reservation(
+        self, assignment: str, clipped: int = 0, gradients: int = 0, *, is_stored: bool = False
+    ) -> None:
         """The work under it has ended, with a result or a refusal, and so many of its gradients were clipped.
 
-        Nothing happens where there is no open reservation.
+        Nothing happens where there is no open reservation. Where the result is stored, which says so too, a power loss
+        may undo it.
         """
         wish = self._reserved.get(assignment)
         if wish is not None and assignment in self.account(wish.data).open:
             about = {"assignment": assignment, "run": wish.run, "data": wish.data}
-            self._append({"kind": "closed", "clipped": clipped, "gradients": gradients, **about})
+            self._append({"kind": "closed", "clipped": clipped, "gradients": gradients, **about}, flush=not is_stored)
 
     # -- entries -------------------------------------------------------------------------------------------------------
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _append(self, entry: dict[str, Any], *, flush: bool = True) -> None:
         body = json.dumps(entry | {"at": round(time.time(), 3)}, sort_keys=True, separators=(",", ":"))
         head = _chained(self._head, body)
         with self._told():
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if flush else 'NORMAL'}")
             self._db.execute("INSERT INTO entries (body, digest) VALUES (?, ?)", (body, head))
         self._head = head
         self._take(json.loads(body))
