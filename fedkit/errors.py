@@ -14,6 +14,8 @@ FedkitError
 ├── Refused                a client, or a check on its answer, refuses one assignment
 ├── RunError
 │   ├── RoundAbandoned     a round fell below its quorum; it is tried again
+│   │   ├── BelowThreshold a masked sum has lost more members than it can do without
+│   │   └── SumSpoiled     a masked sum cannot be opened, or is no sum of honest answers
 │   ├── RunFailed          a round was abandoned as often as the run allows
 │   ├── RunCancelled       an operator ended the run; its last committed model stands
 │   ├── IncompatibleStrategy     a strategy and a task or setting cannot work together
@@ -32,6 +34,7 @@ from __future__ import annotations
 import enum
 
 __all__ = [
+    "BelowThreshold",
     "CastWarning",
     "ConfigError",
     "DataError",
@@ -54,6 +57,7 @@ __all__ = [
     "RunFailed",
     "StateError",
     "StorageError",
+    "SumSpoiled",
     "TaskError",
     "TrustError",
     "Unreachable",
@@ -125,6 +129,7 @@ class Reason(enum.StrEnum):
     POLICY = "policy"  # the site does not allow it
     PRIVACY = "privacy"  # it would cost more privacy than the site's budget has left
     PAYLOAD = "payload"  # the bytes are not those that were announced
+    MASKING = "masking"  # the masking protocol does not allow it: a lie, a mistake, or too few members
     CANCELLED = "cancelled"  # it was called off while under way
 
 
@@ -146,6 +151,18 @@ class RunError(FedkitError):
 
 class RoundAbandoned(RunError):
     """Fewer clients than the quorum answered; nothing is averaged and the round is tried again."""
+
+
+class BelowThreshold(RoundAbandoned):
+    """Fewer members than the threshold are left in a masked sum: it stays closed, and nothing of it can be read."""
+
+
+class SumSpoiled(RoundAbandoned):
+    """A masked sum cannot be opened, or is none of honest answers; `members` are those whose part is wrong."""
+
+    def __init__(self, text: str, members: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.members = members
 
 
 class RunFailed(RunError):
