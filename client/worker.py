@@ -40,7 +40,7 @@ from fedkit.spool import payload_digest
 from fedkit.task import Task
 from fedkit.trainer.trainer import ClientState, Trainer
 from fedkit.weights import Manifest, Vector, Weights
-from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Update
+from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Reply, Update
 
 __all__ = ["Outfit", "read_message", "work", "write_message"]
 
@@ -253,6 +253,7 @@ def _written(assignment: Assignment, answer: Answer, manifest: Manifest, out: Pa
     """Writes an update's bytes to `out`; the facts about the answer."""
     if isinstance(answer, Update):
         return _write_update(answer, manifest, out)
+    assert not isinstance(answer, Reply)  # which is made where the roster key is
     kind = "metrics" if isinstance(answer, MetricSums) else "integers" if answer.vector.dtype == np.int64 else "reals"
     facts = {"kind": kind, "sums": answer.vector.tolist(), "examples": answer.examples, "run": assignment.run}
     return facts | ({"released": answer.released} if isinstance(answer, MetricSums) else {})

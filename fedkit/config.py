@@ -217,10 +217,17 @@ class DP(Settings):
 
 
 class Privacy(Settings):
-    """What protects the clients' data in a run: `dp`, and how answers are added up (`aggregation`)."""
+    """What protects the clients' data in a run: `dp`, and how answers are added up (`aggregation`).
+
+    "masked": nobody, the coordinator included, sees more of updates, scores and statistics than their sum over at least
+    three clients (Bonawitz et al. 2017). Each element of an update is clipped to +-`clip` then, and kept to as many
+    bits as the cohort leaves room for, 24 at most, or to `bits`.
+    """
 
     dp: DP | None = None
-    aggregation: Literal["plain"] = "plain"
+    aggregation: Literal["plain", "masked"] = "plain"
+    clip: PositiveFloat = 16.0
+    bits: Annotated[int, Field(ge=8, le=24)] | None = None
 
 
 class Evaluation(Settings):

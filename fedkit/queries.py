@@ -17,7 +17,7 @@ from pydantic import Field
 
 from fedkit.config import PositiveInt, Settings
 
-__all__ = ["Bounds", "Histogram", "LabelCounts", "Moments", "MomentsResult", "Query"]
+__all__ = ["Bounds", "Histogram", "LabelCounts", "Moments", "MomentsResult", "Query", "RowCount"]
 
 Bounds: TypeAlias = list[tuple[float, float]]
 Rows: TypeAlias = Iterable[
@@ -172,6 +172,25 @@ class LabelCounts(Settings):
         return total.astype(np.int64)
 
 
+class RowCount(Settings):
+    """How many training rows there are, which every mean over clients tells anyway."""
+
+    kind: Literal["row_count"] = "row_count"
+
+    @property
+    def size(self) -> int:
+        """One number."""
+        return 1
+
+    def answer(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """One client's count, length 1."""
+        return np.array([sum(len(features) for features, _ in rows)], dtype=np.int64)
+
+    def finish(self, total: npt.NDArray[Any], *, noised: bool = False) -> int:  # noqa: ARG002
+        """The count over all clients."""
+        return int(total[0])
+
+
 def _require_numbers(values: npt.NDArray[Any]) -> None:
     if np.isnan(values).any():
         raise ValueError("a feature holds NaN; fill in missing values before")
@@ -182,4 +201,4 @@ def _deviation(variance: npt.NDArray[np.float64], rounding: Any) -> npt.NDArray[
     return np.sqrt(np.where(variance <= rounding, 0.0, variance))
 
 
-Query: TypeAlias = Annotated[Moments | Histogram | LabelCounts, Field(discriminator="kind")]
+Query: TypeAlias = Annotated[Moments | Histogram | LabelCounts | RowCount, Field(discriminator="kind")]

@@ -26,6 +26,7 @@ __all__ = [
     "Fit",
     "Gradient",
     "MetricSums",
+    "Reply",
     "Steps",
     "Summarize",
     "Summary",
@@ -163,4 +164,17 @@ class Summary:
         return self.vector.nbytes
 
 
-Answer: TypeAlias = Update | MetricSums | Summary
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a client says in one step of a masked sum; only `fedkit.crypto` can read it."""
+
+    message: bytes = field(repr=False)
+    examples: int = 0
+
+    @property
+    def payload_bytes(self) -> int:
+        """The size of the message."""
+        return len(self.message)
+
+
+Answer: TypeAlias = Update | MetricSums | Summary | Reply

@@ -302,14 +302,16 @@ class Evaluate(_message.Message):
     def __init__(self, split: _Optional[str] = ..., batch_size: _Optional[int] = ...) -> None: ...
 
 class Summarize(_message.Message):
-    __slots__ = ("moments", "histogram", "label_counts")
+    __slots__ = ("moments", "histogram", "label_counts", "row_count")
     MOMENTS_FIELD_NUMBER: _ClassVar[int]
     HISTOGRAM_FIELD_NUMBER: _ClassVar[int]
     LABEL_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    ROW_COUNT_FIELD_NUMBER: _ClassVar[int]
     moments: Moments
     histogram: Histogram
     label_counts: LabelCounts
-    def __init__(self, moments: _Optional[_Union[Moments, _Mapping]] = ..., histogram: _Optional[_Union[Histogram, _Mapping]] = ..., label_counts: _Optional[_Union[LabelCounts, _Mapping]] = ...) -> None: ...
+    row_count: RowCount
+    def __init__(self, moments: _Optional[_Union[Moments, _Mapping]] = ..., histogram: _Optional[_Union[Histogram, _Mapping]] = ..., label_counts: _Optional[_Union[LabelCounts, _Mapping]] = ..., row_count: _Optional[_Union[RowCount, _Mapping]] = ...) -> None: ...
 
 class Moments(_message.Message):
     __slots__ = ("bounds",)
@@ -332,6 +334,10 @@ class Histogram(_message.Message):
     feature: int
     edges: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, feature: _Optional[int] = ..., edges: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class RowCount(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class LabelCounts(_message.Message):
     __slots__ = ("classes",)

@@ -16,7 +16,7 @@ from fedkit.config import DP, NAME, parse
 from fedkit.errors import ConfigError, PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
-from fedkit.queries import Histogram, LabelCounts, Moments, Query
+from fedkit.queries import Histogram, LabelCounts, Moments, Query, RowCount
 from fedkit.rounds.assignment import Assignment, Clip, Parcel, Private, Returns
 from fedkit.trust.vouchers import Voucher
 from fedkit.weights import Manifest
@@ -57,6 +57,7 @@ _FROM_CLIENTS = frozenset(
         Reason.DONE,
         Reason.EXAMPLES,
         Reason.SHAPE,
+        Reason.MASKING,
         Reason.CANCELLED,
         Reason.LOST,
         Reason.PAYLOAD,
@@ -133,8 +134,10 @@ def _put_query(message: pb.Summarize, query: Query) -> None:
         message.moments.bounds.extend(pb.Interval(low=low, high=high) for low, high in query.bounds or [])
     elif isinstance(query, Histogram):
         message.histogram.CopyFrom(pb.Histogram(feature=query.feature, edges=query.edges))
-    else:
+    elif isinstance(query, LabelCounts):
         message.label_counts.CopyFrom(pb.LabelCounts(classes=query.classes))
+    else:
+        message.row_count.SetInParent()
 
 
 def assignment_from_proto(message: pb.Assignment, client: str) -> Assignment:
@@ -208,6 +211,8 @@ def _query(message: pb.Summarize) -> Query:
         return Histogram(feature=message.histogram.feature, edges=list(message.histogram.edges))
     if kind == "label_counts":
         return LabelCounts(classes=message.label_counts.classes)
+    if kind == "row_count":
+        return RowCount()
     raise PayloadError("the question is not known here: update the agent")
 
 

@@ -15,8 +15,8 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert, tensors_pb2
 from fedkit.protos.wire import RESUMED_BYTES, frame, load
 from fedkit.rounds.assignment import Assignment, Parcel
-from fedkit.spool import Intake, Room, Spares, Spool, Spooled, SpooledExtras, Stash, payload_digest
-from fedkit.weights import Vector
+from fedkit.spool import Intake, Room, Spares, Spool, Spooled, SpooledExtras, Stash
+from fedkit.weights import Manifest, Vector
 from fedkit.work import Answer, Update
 
 __all__ = ["Errand", "Published", "feed", "require_examples"]
@@ -31,11 +31,11 @@ class Published:
 
     def __init__(self, parcel: Parcel) -> None:
         self.parcel = parcel
-        self.digest = _digest(parcel)
+        self.digest = parcel.payload_digest
         self.payload_bytes = parcel.payload_bytes
         header = convert.header_to_proto(parcel, self.digest)
         self.header: bytes = tensors_pb2.Piece(header=header).SerializeToString()
-        self._chunks = list(_chunks(_vectors(parcel)))
+        self._chunks = list(_chunks(parcel.vectors))
         self._frames: dict[int, bytes] = {}
 
     @cached_property
@@ -61,20 +61,6 @@ class Published:
                 del self._frames[next(iter(self._frames))]
             found = self._frames[i] = frame(chunk)
         return found
-
-
-def _vectors(parcel: Parcel) -> list[Vector]:
-    extras = [np.ascontiguousarray(parcel.extra[name], dtype="<f4") for name in sorted(parcel.extra)]
-    return [parcel.model.vector.astype("<f4", copy=False), *extras]
-
-
-def _digest(parcel: Parcel) -> bytes:
-    if not parcel.extra:
-        return bytes.fromhex(parcel.model.digest)
-    total = payload_digest(parcel.model.manifest.digest)
-    for vector in _vectors(parcel):
-        total.update(vector.view(np.uint8).data)
-    return total.digest()
 
 
 def _chunks(vectors: list[Vector]) -> Iterator[tuple[int, memoryview]]:
@@ -118,10 +104,8 @@ class Errand:
         """Where the announced bytes go. Raises `Refused` before any of them is taken; an upload before is cut off."""
         if self.answer.done():  # its file may be read by now, and must not be written again
             raise Refused(self.why_over, "this assignment is answered")
-        manifest = self.published.parcel.model.manifest
-        if self.assignment.returns == "sums":
-            raise Refused(Reason.SHAPE, "this assignment is answered by sums")
-        require_examples(int(announced.examples), max_examples)
+        manifest = self._manifest
+        self._require_kind(announced, max_examples)
         try:
             extras = convert.extras_from_proto(announced.extras, manifest.size)
         except PayloadError as error:
@@ -138,11 +122,27 @@ class Errand:
         self._spool = self._intake(manifest.digest, due, announced.digest)
         return self._spool
 
+    def _require_kind(self, announced: pb.Announcement, max_examples: int) -> None:
+        """Raises `Refused` unless vectors are asked for, with a plausible count or, masked, with nothing beside."""
+        returns = self.assignment.returns
+        if returns in ("sums", "reply"):
+            raise Refused(Reason.SHAPE, "this assignment is answered by sums")
+        if returns != "words":
+            require_examples(int(announced.examples), max_examples)
+        elif announced.extras or announced.examples or announced.HasField("loss"):
+            raise Refused(Reason.SHAPE, "a masked vector has nothing beside it")
+
     def _intake(self, manifest_digest: str, due: int, digest: bytes) -> Intake:
         """Small answers stay in memory as long as there is room, unless a file has a part of them."""
+        plausible = self.assignment.returns != "words"  # of masked words, any is as good as any other
         if due <= _STASHED_BYTES and not Spool.is_begun(self._path) and self._room.take(due):
-            return Stash(self._path, manifest_digest, due, digest, self._room, plausible=True)
-        return Spool(self._path, manifest_digest, due, digest, plausible=True, spares=self._spares)
+            return Stash(self._path, manifest_digest, due, digest, self._room, plausible=plausible)
+        return Spool(self._path, manifest_digest, due, digest, plausible=plausible, spares=self._spares)
+
+    @cached_property
+    def _manifest(self) -> Manifest:
+        """What the answer's vectors are announced as."""
+        return self.assignment.answer_manifest(self.published.parcel.model.manifest)
 
     @property
     def why_over(self) -> Reason:
@@ -169,7 +169,7 @@ class Errand:
             payload = spool.finish()
         except PayloadError as error:
             raise Refused(Reason.PAYLOAD, str(error)) from None
-        manifest = self.published.parcel.model.manifest
+        manifest = self._manifest
         extras = {extra.name: int(extra.length) for extra in self._announced.extras}
         loss = self._announced.loss if self._announced.HasField("loss") else None
         weights, vectors = Spooled(manifest, payload), SpooledExtras(payload, manifest.size, extras)

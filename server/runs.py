@@ -17,7 +17,7 @@ from fedkit import packing, registry
 from fedkit.config import parse
 from fedkit.errors import FedkitError, Reason, RunError, StorageError
 from fedkit.history import History
-from fedkit.privacy.submission import require_private, shield_for
+from fedkit.privacy.submission import require_privacy, shield_for
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome, Plan, conduct
 from fedkit.rounds.journal import RoundRecord
@@ -101,10 +101,8 @@ class Runs:
         strategy, task = file.build_strategy(), self._task(file)
         fresh = task.build(file.run.seed)
         strategy.check(task, fresh)
-        if file.privacy.dp is not None:
-            require_private(strategy, task, fresh, file.privacy.dp)
         strategy.require_clients(_min_clients(file, strategy))
-        shield_for(strategy, file.privacy.dp, _min_clients(file, strategy))
+        require_privacy(strategy, task, fresh, file.privacy, _min_clients(file, strategy))
         if init is not None:
             Weights.from_module(fresh, task.travels).manifest.require_shapes(init.manifest, "init")
         with self._blobs.lock:

@@ -148,17 +148,23 @@ class Member:
 
         `vector` is contiguous, uint32. Shares that do not open are as if they had never been sent.
         """
+        _check_vector(vector)
+        apply_masks(vector, *self.mask_keys(sharers, inbox, told, vector.size))
+
+    def mask_keys(
+        self, sharers: Iterable[str], inbox: Shares, told: Told, words: int
+    ) -> tuple[list[bytes], list[bytes]]:
+        """The keys of the masks to add to a vector of so many words, and of those to take off: for one vector."""
         cohort, shared = self._require_cohort(), require_names(sharers)
         if self._state.context:
             raise _refused("its vector was masked before")
         self._check_part(shared, cohort.names, "who shared")
         if set(inbox.sealed) != set(shared) & set(self._others(cohort)):
             raise _refused("it got other shares than those of its neighbours who shared")
-        _check_vector(vector)
-        context = context_of(cohort, shared, told, vector.size)
-        plus, minus = self._mask_keys(cohort, shared, context)
+        context = context_of(cohort, shared, told, words)
+        keys = self._mask_keys(cohort, shared, context)
         self._state = replace(self._state, sharers=shared, inbox=dict(inbox.sealed), context=context)
-        apply_masks(vector, plus, minus)
+        return keys
 
     def confirm(self, survivors: Iterable[str]) -> bytes:
         """Its signature under who delivered, of whom it is one."""

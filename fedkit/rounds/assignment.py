@@ -12,14 +12,19 @@ import numpy as np
 from blake3 import blake3
 
 from fedkit.config import DP
+from fedkit.crypto.messages import Session, Told
 from fedkit.errors import Reason, Refused
-from fedkit.weights import Vector, Weights
+from fedkit.rounds.layout import Layout, words_manifest
+from fedkit.spool import payload_digest
+from fedkit.weights import Manifest, Vector, Weights
 from fedkit.work import Answer, Update, Work
 
 __all__ = [
     "WITHIN",
     "Assignment",
     "Clip",
+    "MaskStep",
+    "Masking",
     "Parcel",
     "Private",
     "Returns",
@@ -30,7 +35,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-Returns: TypeAlias = Literal["update", "weights", "sums"]
+Returns: TypeAlias = Literal["update", "weights", "sums", "words", "reply"]  # the last two are of masked sums
+MaskStep: TypeAlias = Literal["advertise", "share", "vector", "confirm", "unmask"]
 
 WITHIN = "within_clip"  # the extra vector of one element by which a client says whether its update was
 
@@ -56,6 +62,22 @@ class Parcel:
         """The size of the vectors."""
         return self.model.vector.nbytes + sum(vector.nbytes for vector in self.extra.values())
 
+    @property
+    def vectors(self) -> list[Vector]:
+        """The vectors as they travel, little-endian: the model's, then the others by name."""
+        extras = [np.ascontiguousarray(self.extra[name], dtype="<f4") for name in sorted(self.extra)]
+        return [self.model.vector.astype("<f4", copy=False), *extras]
+
+    @property
+    def payload_digest(self) -> bytes:
+        """BLAKE3 of the manifest and all vectors, as they travel."""
+        if not self.extra:
+            return bytes.fromhex(self.model.digest)
+        total = payload_digest(self.model.manifest.digest)
+        for vector in self.vectors:
+            total.update(vector.view(np.uint8).data)
+        return total.digest()
+
 
 @dataclass(frozen=True, slots=True)
 class Private:
@@ -67,6 +89,24 @@ class Private:
     dp: DP
     visits: int
     questions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """One step of a masked sum (`fedkit.crypto.member` says what they are); `call` tells it from all others.
+
+    `message` is what the coordinator passes on: in "share" the cohort, in "vector" who shared and the client's own
+    letters, in "confirm" who delivered, in "unmask" the signatures.
+    """
+
+    call: str
+    step: MaskStep
+    layout: Layout
+    message: bytes = field(default=b"", repr=False)
+
+    def session(self, run: str, round: int) -> Session:
+        """Which sum it is."""
+        return Session(run, round + 1, self.call)  # rounds count from -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +152,19 @@ class Assignment:
     cohort: tuple[str, ...] = ()
     private: Private | None = None
     clip: Clip | None = None
+    masking: Masking | None = None
+
+    def told(self, payload_digest: bytes) -> Told:
+        """What a masked answer is bound to: the payload that was received, and all that is asked of it."""
+        assert self.masking is not None  # only masked answers are
+        parts = [type(self.work).__name__, self.work.to_dict(), self.seed, self.masking.layout.to_json()]
+        if self.private is not None:
+            parts += [self.private.dp.to_dict(), self.private.visits, self.private.questions]
+        return Told(payload_digest, blake3(json.dumps(parts, sort_keys=True).encode()).digest())
+
+    def answer_manifest(self, sent: Manifest) -> Manifest:
+        """The manifest that an answer of vectors has, to a model of manifest `sent`."""
+        return sent if self.returns != "words" or self.masking is None else words_manifest(self.masking.layout.words)
 
 
 def question_digest(
@@ -123,6 +176,7 @@ def question_digest(
     parcel: Parcel,
     private: Private | None = None,
     clip: Clip | None = None,
+    masking: Masking | None = None,
 ) -> str:
     """What all assignments of one call share: a digest of run, round, attempt, work and what is sent along."""
     parts = [run, round, attempt, type(work).__name__, work.to_dict(), returns, parcel.digest]
@@ -130,6 +184,8 @@ def question_digest(
         parts += [private.dp.to_dict(), private.visits, private.questions]
     if clip is not None:
         parts += [clip.norm, clip.tells]
+    if masking is not None:
+        parts += [masking.call, masking.step, masking.layout.to_json(), blake3(masking.message).hexdigest()]
     return blake3(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -7,16 +7,20 @@ import numpy as np
 from fedkit.errors import Reason, Refused
 from fedkit.rounds.assignment import Returns
 from fedkit.weights import Manifest, require_plausible
-from fedkit.work import Answer, MetricSums, Summary, Update
+from fedkit.work import Answer, MetricSums, Reply, Summary, Update
 
 __all__ = ["MAX_EXAMPLES", "inspect"]
 
 MAX_EXAMPLES = 1 << 40
+_REPLY_BYTES = 1 << 20
 
 
 def inspect(answer: Answer, returns: Returns, manifest: Manifest) -> None:
     """Raises `Refused` unless `answer` is what was asked for, shaped as the model, finite, with a plausible count."""
-    if isinstance(answer, Update) != (returns != "sums"):
+    if returns in ("words", "reply"):
+        _inspect_masked(answer, returns, manifest)
+        return
+    if isinstance(answer, Reply) or isinstance(answer, Update) != (returns != "sums"):
         raise Refused(Reason.SHAPE, f"expected {returns}, got {type(answer).__name__}")
     if type(answer.examples) is not int or not 0 <= answer.examples <= MAX_EXAMPLES:
         raise Refused(Reason.EXAMPLES, f"an example count is 0 to {MAX_EXAMPLES}, got {answer.examples!r:.40}")
@@ -24,6 +28,17 @@ def inspect(answer: Answer, returns: Returns, manifest: Manifest) -> None:
         _inspect_update(answer, manifest)
     else:
         _inspect_sums(answer)
+
+
+def _inspect_masked(answer: Answer, returns: Returns, manifest: Manifest) -> None:
+    """Of masked words any are as good as any others, and replies are read where they belong."""
+    if isinstance(answer, Reply) and returns == "reply":
+        if len(answer.message) > _REPLY_BYTES:
+            raise Refused(Reason.SHAPE, f"a reply has at most {_REPLY_BYTES} bytes, not {len(answer.message)}")
+    elif not isinstance(answer, Update) or returns != "words":
+        raise Refused(Reason.SHAPE, f"expected {returns}, got {type(answer).__name__}")
+    elif answer.weights.manifest.digest != manifest.digest or answer.sizes or answer.loss is not None:
+        raise Refused(Reason.SHAPE, f"expected {manifest.size} masked words and nothing else")
 
 
 def _inspect_update(answer: Update, manifest: Manifest) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from fedkit.config import Evaluation, Privacy
 from fedkit.errors import RoundAbandoned, RunError, RunFailed
 from fedkit.metrics import MetricSet
+from fedkit.queries import RowCount
 from fedkit.rounds.assignment import Private, Transport
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.federation import JournaledFederation, RunIdentity
@@ -112,7 +113,9 @@ class _Run(JournaledFederation):
         dp = plan.privacy.dp
         of_rows = dp is not None and dp.level == "example"
         private = Private(dp, strategy.visits, int(plan.task.prepare is not None)) if dp and of_rows else None
-        identity = RunIdentity(plan.name, plan.seed, strategy.participation, strategy.least, private, plan.shield)
+        hidden = plan.privacy if plan.privacy.aggregation == "masked" else None
+        about = (strategy.participation, strategy.least, private, plan.shield, hidden)
+        identity = RunIdentity(plan.name, plan.seed, *about)
         super().__init__(identity, transport, journal)
         self._plan = plan
         self._strategy = strategy
@@ -126,6 +129,8 @@ class _Run(JournaledFederation):
         while self.journal.last() is None:
             await self._assemble(0)
             try:
+                if self.identity.hidden is not None:
+                    self.now.contributed(self.clients, await self.summarize(self.clients, RowCount()), None)
                 if isinstance(module, Prepared) and self._plan.task.prepare is not None:
                     moments = await self.summarize(self.clients, self._plan.task.prepare.query)
                     module.prepare.set(moments)
@@ -213,7 +218,7 @@ class _Run(JournaledFederation):
         total = await self.sums(cohort, model, work, self._metrics.size, each=keep)
         if total is None:
             return _Scores()
-        shown = [client for client in total.clients if single[client].released]
+        shown = [client for client in total.clients if client in single and single[client].released]
         each = {client: self._metrics.compute(single[client].vector) for client in shown}
         return _Scores(self._metrics.compute(total.vector), each, total.clients)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -17,16 +17,21 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from fedkit.aggregation import Fold, KeepFold, Mean, MeanFold, SumFold, Total, Weighting
-from fedkit.config import Participation
-from fedkit.errors import ConfigError, Reason, Refused, RoundAbandoned, RunError
+from fedkit.config import Participation, Privacy
+from fedkit.crypto.masked_sum import Sum
+from fedkit.crypto.messages import to_mapping
+from fedkit.crypto.ring import Words
+from fedkit.errors import BelowThreshold, ConfigError, Reason, Refused, RoundAbandoned, RunError, SumSpoiled
 from fedkit.gate import BEFORE, Gate, Verdict
-from fedkit.queries import Query
-from fedkit.rounds.assignment import Assignment, Clip, Parcel, Private, Returns, Transport, question_digest
+from fedkit.queries import Query, RowCount
+from fedkit.rounds.assignment import Assignment, Clip, Masking, Parcel, Private, Returns, Transport, question_digest
 from fedkit.rounds.call import GroupCall, Refusal, State
 from fedkit.rounds.checks import inspect
 from fedkit.rounds.drive import drive
 from fedkit.rounds.flights import Flights, Landed
 from fedkit.rounds.journal import Entry, Journal, OpenRound, Started
+from fedkit.rounds.layout import Layout
+from fedkit.rounds.masked import Asked, MaskedSum
 from fedkit.rounds.open import Progress
 from fedkit.rounds.shield import EVERY_CLIENT, Shield
 from fedkit.strategy import Arrival, Handed, Send
@@ -51,6 +56,7 @@ class RunIdentity:
     least: int = 1
     private: Private | None = None
     shield: Shield | None = None
+    hidden: Privacy | None = None  # where answers are masked: how
 
 
 class _Question:
@@ -65,13 +71,16 @@ class _Question:
         parcel: Parcel,
         cohort: Sequence[str],
         clip: Clip | None = None,
+        masking: Mapping[str, Masking] | None = None,
     ) -> None:
         self.work, self.returns, self.parcel, self.cohort = work, returns, parcel, sorted(cohort)
         self.clip = clip
+        self.masking = masking or {}
         self._identity, self._round = identity, now.opened.round
-        self.private = None if isinstance(work, Evaluate) else identity.private
+        is_plain = isinstance(work, Evaluate) or returns == "reply" or _counts_rows(work)
+        self.private = None if is_plain else identity.private
         at = (now.opened.round, now.opened.attempt)
-        digest = question_digest(identity.name, *at, work, returns, parcel, self.private, clip)
+        digest = question_digest(identity.name, *at, work, returns, parcel, self.private, clip, _all(self.masking))
         self.ids = {client: now.next_id(digest, client) for client in self.cohort}
         self.key = blake3("".join(self.ids.values()).encode()).hexdigest(length=16)
         names = ", ".join(self.cohort[:4]) + (", ..." if len(self.cohort) > 4 else "")
@@ -82,12 +91,13 @@ class _Question:
         run, seed = self._identity.name, self._identity.seed
         shield = self._identity.shield  # who was drawn is not for other clients' eyes: the draw is what hides them
         cohort = tuple(self.cohort) if shield is None or shield.rate == 1.0 else ()
-        about = (self._round, client, self.work, self.returns, cohort, self.private, self.clip)
+        masking = self.masking.get(client)
+        about = (self._round, client, self.work, self.returns, cohort, self.private, self.clip, masking)
         return Assignment(self.ids[client], run, seed, *about)
 
     def norm(self, answer: Answer) -> float:
         """How far an answer would move the model it was made from; 0 for sums."""
-        if not isinstance(answer, Update):
+        if not isinstance(answer, Update) or self.returns == "words":
             return 0.0
         if self.clip is not None:
             return self.clip.length(answer)
@@ -167,6 +177,8 @@ class JournaledFederation:
         """
         if self.identity.shield is not None:
             return await self._shielded(self.identity.shield, cohort, Parcel(model, _vectors(send)), work)
+        if self.identity.hidden is not None:
+            return await self._hidden_mean(self.identity.hidden, cohort, Parcel(model, _vectors(send)), work, weights)
         fold = MeanFold(cohort, model.manifest, weights)
         question = self._ask(work, "update", Parcel(model, _vectors(send)), cohort)
         await self._group(question, fold, self.identity.participation)
@@ -191,6 +203,57 @@ class JournaledFederation:
         self.now.releases, self.now.clip, self.now.epsilon = 1, released.clip, {EVERY_CLIENT: cost}
         self.now.contributed(plain.clients, plain.examples, None)
         return released.mean
+
+    # -- masked sums ---------------------------------------------------------------------------------------------------
+
+    async def _hidden_mean(
+        self, rule: Privacy, cohort: Collection[str], parcel: Parcel, work: Fit | Gradient, weights: Weighting
+    ) -> Mean:
+        extras = tuple(sorted((name, vector.size) for name, vector in parcel.extra.items()))
+        bits = rule.bits or Layout.bits_for(len(cohort))
+        cap = 0 if weights == "uniform" else self._cap()
+        layout = Layout("mean", parcel.model.manifest.size, max(len(cohort), 1), rule.clip, bits, cap, extras)
+        total, clients = await self._hidden(work, parcel, cohort, layout, self.identity.participation)
+        mean = await self.transport.aside("fold", lambda: layout.mean(total, clients, parcel.model.manifest))
+        self.now.contributed(mean.clients, mean.examples, mean.loss)
+        return mean
+
+    def _cap(self) -> int:
+        """The rows from which a client's weight does not grow any more: four times as many as clients have on average.
+
+        Round 0 has counted them.
+        """
+        counted = next(iter(self.journal.history()), None)
+        if counted is None or not counted.clients:
+            return 1
+        return max(-(-4 * counted.examples // len(counted.clients)), 1)
+
+    async def _hidden(
+        self, work: Work, parcel: Parcel, cohort: Collection[str], layout: Layout, rule: Participation
+    ) -> tuple[Words, tuple[str, ...]]:
+        """The opened sum of the cohort's masked words, and whose they are; scores may be those of nobody."""
+        base = self._ask(work, "words", parcel, cohort)
+        first = Masking(base.key, "advertise", layout)
+        member = replace(base.assignment(base.cohort[0]), masking=first)
+        masked = Sum(first.session(self.identity.name, self.round), member.told(parcel.payload_digest))
+
+        async def ask(asked: Asked) -> None:
+            masking = {name: replace(first, step=asked.step, message=text) for name, text in asked.messages.items()}
+            is_vector = asked.step == "vector"
+            about = (work, "words", parcel) if is_vector else (work, "reply", Parcel(_NO_MODEL))
+            question = _Question(self.identity, self.now, *about, list(masking), masking=masking)  # type: ignore[arg-type]
+            await self._group(question, asked.fold, asked.rule, optional=not is_vector or isinstance(work, Evaluate))
+
+        async def aside(work: Callable[[], Any]) -> Any:
+            return await self.transport.aside("fold", work)
+
+        return await MaskedSum(masked, ask, aside, self.now.refusals.append).opened(base.cohort, layout, rule)
+
+    async def _hidden_sums(
+        self, cohort: Collection[str], parcel: Parcel, work: Evaluate | Summarize, layout: Layout, rule: Participation
+    ) -> Total:
+        total, clients = await self._hidden(work, parcel, cohort, layout, rule)
+        return layout.sums(total, clients)
 
     def _clip(self, shield: Shield) -> float:
         """The clip after the last round that had one."""
@@ -272,19 +335,39 @@ class JournaledFederation:
         """The `size` metric sums of all who have data; `each` sees single answers, where sites release them."""
         if not cohort:
             return None
-        fold = SumFold(cohort, size)
         rule = Participation(quorum=1, deadline_s=self.identity.participation.deadline_s)
+        if self.identity.hidden is not None:
+            return await self._hidden_scores(cohort, Parcel(model), work, size, rule)
+        fold = SumFold(cohort, size)
         await self._group(self._ask(work, "sums", Parcel(model), cohort), fold, rule, each=each, optional=True)
         return fold.result()
 
+    async def _hidden_scores(
+        self, cohort: Collection[str], parcel: Parcel, work: Evaluate, size: int, rule: Participation
+    ) -> Total | None:
+        """Scores that nobody can see for himself; None where they cannot be had, which costs nothing but them."""
+        try:
+            return await self._hidden_sums(cohort, parcel, work, Layout("reals", size, len(cohort)), rule)
+        except (BelowThreshold, SumSpoiled) as error:
+            self.now.refusals.append(Refusal("", Reason.MASKING, f"no scores: {error}"))
+            return None
+
     async def summarize(self, cohort: Collection[str], query: Query) -> Any:
         """The answer to a query about the cohort's training data; raises `RoundAbandoned` below the quorum."""
-        fold = SumFold(cohort, query.size)
-        question = self._ask(Summarize(query=query), "sums", Parcel(_NO_MODEL), cohort)
-        await self._group(question, fold, self.identity.participation)
-        total = fold.result()
+        work, parcel, rule = Summarize(query=query), Parcel(_NO_MODEL), self.identity.participation
+        total: Total | None
+        if self.identity.hidden is not None:
+            if query.size is None:
+                raise ConfigError("sums without public bounds cannot be masked: give the query bounds")
+            layout = Layout("integers", query.size, max(len(cohort), 1))
+            total = await self._hidden_sums(cohort, parcel, work, layout, rule)
+        else:
+            fold = SumFold(cohort, query.size)
+            question = self._ask(work, "sums", parcel, cohort)
+            await self._group(question, fold, rule)
+            total = fold.result()
         if total is None:
-            raise RoundAbandoned(f"round {self.round}: nobody answered {question.label}")
+            raise RoundAbandoned(f"round {self.round}: nobody answered {work}")
         return query.finish(total.vector, noised=self.identity.private is not None)
 
     # -- asynchronous work -----------------------------------------------------------------------------------------
@@ -476,7 +559,7 @@ class JournaledFederation:
             return kept
         now.bytes_down += parcel.payload_bytes
         answer = await self.transport.perform(assignment, parcel, race=race)
-        inspect(answer, assignment.returns, parcel.model.manifest)
+        inspect(answer, assignment.returns, assignment.answer_manifest(parcel.model.manifest))
         return answer
 
     def _take(self, client: str, key: str, answer: A) -> A:
@@ -494,6 +577,16 @@ class JournaledFederation:
 
 def _ignored(_: str) -> None:
     """Single updates are given as they come; who brings none is in the call's refusals."""
+
+
+def _counts_rows(work: Work) -> bool:
+    return isinstance(work, Summarize) and isinstance(work.query, RowCount)
+
+
+def _all(masking: Mapping[str, Masking]) -> Masking | None:
+    """One step with the messages to all."""
+    first = next(iter(masking.values()), None)
+    return first and replace(first, message=to_mapping({name: one.message for name, one in masking.items()}))
 
 
 def _vectors(send: Send | None) -> dict[str, Vector]:

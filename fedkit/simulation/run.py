@@ -16,7 +16,7 @@ from torch import nn
 from fedkit import codec, rng
 from fedkit.config import Evaluation, Privacy
 from fedkit.errors import ConfigError, RunFailed
-from fedkit.privacy.submission import require_private, shield_for
+from fedkit.privacy.submission import require_privacy, shield_for
 from fedkit.progress import shown
 from fedkit.result import Result, trained, warn_of_failures
 from fedkit.rounds.conduct import Plan, conduct
@@ -63,8 +63,7 @@ def simulate(
     stays below its quorum.
     """
     names = client_names(clients)
-    if privacy.dp is not None:
-        require_private(strategy, task, task.build(seed), privacy.dp)
+    require_privacy(strategy, task, task.build(seed), privacy, len(names))
     shield = shield_for(strategy, privacy.dp, len(names))
     plan_init = _init(init, task)
     _require_counts(workers=workers, threads=1 if threads is None else threads)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
+
+from blake3 import blake3
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedkit.errors import DataError, IncompatibleStrategy, Reason, Refused
 from fedkit.privacy.accounting import Tally, epsilon_of, rdp_of
 from fedkit.privacy.plan import Planned, planned
 from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.rounds.seat import Seat
 from fedkit.trainer.trainer import ClientState, Trainer
-from fedkit.work import Answer, Evaluate, Steps, Update
+from fedkit.trust.signing import public_of
+from fedkit.work import Answer, Steps, Update
 
 __all__ = ["ClientStore", "LocalClient", "MemoryStore"]
 
@@ -83,6 +90,32 @@ class MemoryStore:
                 self._answers.pop(key, None)
 
 
+def simulated_key(name: str) -> Ed25519PrivateKey:
+    """The roster key of a simulated client: everybody knows it, as everybody is the same process."""
+    return Ed25519PrivateKey.from_private_bytes(blake3(f"fedkit simulated {name}".encode()).digest())
+
+
+class SimulatedRoster(Mapping[str, str]):
+    """Every name is a member."""
+
+    def __getitem__(self, name: str) -> str:
+        return _public(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str)
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _public(name: str) -> str:
+    return public_of(simulated_key(name))
+
+
 class LocalClient:
     """Answers assignments: from its store where it has the answer, else by doing the work.
 
@@ -96,6 +129,8 @@ class LocalClient:
         self._spent: dict[str, Tally] = {}  # by run
         self._trainer = trainer
         self._store = store
+        self._sums: dict[str, bytes] = {}  # what it keeps of masked sums, by call
+        self._seat = Seat(name, simulated_key(name), SimulatedRoster)
 
     def perform(self, assignment: Assignment, parcel: Parcel) -> Answer:
         """The answer; raises `Refused`."""
@@ -110,6 +145,20 @@ class LocalClient:
         return answer
 
     def _work(self, assignment: Assignment, parcel: Parcel) -> tuple[Answer, ClientState]:
+        masking = assignment.masking
+        if masking is None:
+            return self._worked(assignment, parcel)
+        left = self._sums.get(masking.call)
+        if masking.step != "vector":
+            reply, self._sums[masking.call] = self._seat.reply(assignment, left)
+            return reply, self._store.state()
+        masks, after = self._seat.masks(assignment, parcel.payload_digest, left)
+        answer, state = self._worked(assignment, parcel)
+        hidden = masks.hide(masking.layout, answer)
+        self._sums[masking.call] = after
+        return hidden, state
+
+    def _worked(self, assignment: Assignment, parcel: Parcel) -> tuple[Answer, ClientState]:
         try:
             plan = self._planned(assignment)
             if plan is None:
@@ -126,7 +175,7 @@ class LocalClient:
             raise Refused(Reason.FAILED, f"{kind}{error}") from error
 
     def _planned(self, assignment: Assignment) -> Planned | None:
-        if assignment.private is None or isinstance(assignment.work, Evaluate):
+        if assignment.private is None:
             return None
         return planned(assignment.private, assignment.work, self._trainer.rows(self.name))
 
@@ -140,4 +189,5 @@ class LocalClient:
 
     def settle(self, accepted: list[str], dropped: list[str]) -> None:
         """A round is durable or abandoned: forget and undo accordingly."""
+        self._sums.clear()
         self._store.settle(accepted, dropped)

@@ -1,0 +1,171 @@
+"""How an answer is put into whole numbers for a masked sum, and how their sum is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from blake3 import blake3
+
+from fedkit.aggregation import Mean, Total
+from fedkit.crypto.ring import FULL_WEIGHT, FixedPoint, Integers, Reals, Ring, Words, weight_of
+from fedkit.errors import PayloadError, Reason, Refused
+from fedkit.weights import Entry, Manifest, Vector, Weights
+from fedkit.work import Answer, MetricSums, Reply, Summary, Update
+
+__all__ = ["Layout", "words_manifest"]
+
+_MOST_BITS = 24  # as many as float32 holds
+_EXACT = 3  # of a mean: loss times rows, rows with a loss, all rows
+
+
+def words_manifest(words: int) -> Manifest:
+    """What a vector of so many 32-bit words is announced as."""
+    return Manifest((Entry("words", (words,)),))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The whole numbers that one answer becomes, for a sum over at most `cohort` clients.
+
+    A "mean" is an update of `size` elements with `extras` behind it, each clipped to +-`clip`, times the client's
+    weight: min(rows, cap) / cap, or 1 where `cap` is 0. Behind it are the weight, the loss and the rows. "integers" and
+    "reals" are `size` sums, and the rows. Raises `ConfigError` where the sum might overflow.
+    """
+
+    kind: Literal["mean", "integers", "reals"]
+    size: int
+    cohort: int
+    clip: float = 1.0
+    bits: int = 20
+    cap: int = 0
+    extras: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Makes the ring, which refuses what does not fit."""
+        if min(self.size, self.cap) < 0 or any(length < 0 for _, length in self.extras):
+            raise PayloadError("a layout has no negative sizes")
+        _ = self._point if self.kind == "mean" else self._reals
+
+    @staticmethod
+    def bits_for(cohort: int) -> int:
+        """As many bits for a value as leave room for the sum of so many."""
+        return min(_MOST_BITS, 31 - max(cohort - 1, 1).bit_length())
+
+    @property
+    def _ring(self) -> Ring:
+        return Ring(self.cohort)
+
+    @property
+    def _point(self) -> FixedPoint:
+        return FixedPoint(self._ring, self.clip, self.bits)
+
+    @property
+    def _reals(self) -> Reals:
+        return Reals(self._ring)
+
+    @property
+    def _integers(self) -> Integers:
+        return Integers(self._ring)
+
+    @property
+    def _values(self) -> int:
+        return self.size + sum(length for _, length in self.extras)
+
+    @property
+    def words(self) -> int:
+        """How many words an answer becomes."""
+        limbs = self._integers.limbs
+        return self._values + 1 + limbs * _EXACT if self.kind == "mean" else limbs * (self.size + 1)
+
+    @property
+    def digest(self) -> bytes:
+        """BLAKE3 of all of it, 32 bytes."""
+        return blake3(json.dumps(asdict(self), sort_keys=True).encode()).digest()
+
+    def error_bound(self, clients: int, weight: int) -> float:
+        """How far an element of the mean over `clients` may be off, whose weights in 1/4096 add up to `weight`."""
+        return self._point.error_bound(clients, weight)
+
+    # -- at a client ---------------------------------------------------------------------------------------------------
+
+    def encode(self, answer: Answer) -> Words:
+        """One client's words; raises `Refused` for an answer of another shape, or one that does not fit."""
+        rows = np.array([answer.examples], dtype=np.int64)
+        if isinstance(answer, Update):
+            return self._encode_mean(answer, rows)
+        is_summary = isinstance(answer, Summary) and answer.vector.dtype == np.int64 and self.kind == "integers"
+        is_scores = isinstance(answer, MetricSums) and self.kind == "reals"
+        if isinstance(answer, Reply) or not (is_summary or is_scores) or answer.vector.shape != (self.size,):
+            raise Refused(Reason.SHAPE, f"the answer is not {self.size} {self.kind}")
+        if is_summary:
+            return self._integers.encode(np.concatenate([answer.vector.astype(np.int64), rows]))
+        return np.concatenate([self._reals.encode(answer.vector.astype(np.float64)), self._integers.encode(rows)])
+
+    def _encode_mean(self, update: Update, rows: Any) -> Words:
+        if self.kind != "mean" or (update.weights.manifest.size, tuple(sorted(update.sizes.items()))) != (
+            self.size,
+            self.extras,
+        ):
+            raise Refused(Reason.SHAPE, f"the update brings the vectors {update.sizes}, expected {dict(self.extras)}")
+        vector = update.weights.vector
+        if self.extras:
+            vector = np.concatenate([vector, *(update.extra[name] for name, _ in self.extras)])
+        words = np.empty(self.words, dtype=np.uint32)
+        weight = weight_of(update.examples, self.cap) if self.cap else FULL_WEIGHT
+        self._point.encode(vector, weight, words[: self._values + 1])
+        known = (0.0, 0.0) if update.loss is None else (update.loss * update.examples, float(update.examples))
+        limbs = self._integers.limbs
+        words[self._values + 1 : -limbs] = self._reals.encode(np.array(known))
+        words[-limbs:] = self._integers.encode(rows)
+        return words
+
+    # -- at the coordinator --------------------------------------------------------------------------------------------
+
+    def mean(self, total: Words, clients: tuple[str, ...], manifest: Manifest) -> Mean:
+        """The mean from the opened sum of these clients' words; raises `SumSpoiled` for what is none."""
+        limbs, out = self._integers.limbs, np.empty(self._values, dtype=np.float32)
+        self._point.decode(total[: self._values + 1], len(clients), out)
+        losses, counted = self._reals.decode(total[self._values + 1 : -limbs], len(clients))
+        [rows] = self._integers.decode(total[-limbs:], len(clients))
+        extra: dict[str, Vector] = {}
+        start = self.size
+        for name, length in self.extras:
+            extra[name] = out[start : start + length]
+            start += length
+        loss = float(losses / counted) if counted else None
+        return Mean(Weights(manifest, out[: self.size]), int(rows), clients, loss, extra)
+
+    def sums(self, total: Words, clients: tuple[str, ...]) -> Total:
+        """The sums from the opened sum of these clients' words; raises `SumSpoiled` for what is none."""
+        if self.kind == "integers":
+            whole = self._integers.decode(total, len(clients))
+            return Total(whole[:-1], int(whole[-1]), clients)
+        limbs = self._integers.limbs
+        [rows] = self._integers.decode(total[-limbs:], len(clients))
+        return Total(self._reals.decode(total[:-limbs], len(clients)), int(rows), clients)
+
+    # -- as it travels -------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The layout as text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """What `to_json` wrote; raises `PayloadError` for anything else."""
+        try:
+            fields = json.loads(text)
+            extras = tuple((str(name), int(length)) for name, length in fields.pop("extras"))
+            checked = {name: kind(fields.pop(name)) for name, kind in _FIELDS.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise PayloadError(f"not a layout: {type(error).__name__}") from None
+        if fields or checked["kind"] not in ("mean", "integers", "reals"):
+            raise PayloadError("not a layout")
+        return cls(**checked, extras=extras)
+
+
+_FIELDS: Mapping[str, type] = {"kind": str, "size": int, "cohort": int, "clip": float, "bits": int, "cap": int}
