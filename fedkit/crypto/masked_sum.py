@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedkit.crypto.masks import KEY_BYTES, agree, apply_masks, packed, public_of
+from fedkit.crypto.masks import KEY_BYTES, PrivateKey, apply_masks, packed
 from fedkit.crypto.member import commitment_to, context_of, pair_key, self_key, survivors_body
 from fedkit.crypto.messages import (
     Advertised,
@@ -36,7 +36,7 @@ __all__ = ["Step", "Sum", "folded"]
 
 _LABEL = b"fedkit-sum-1"
 _BLOCK = 1 << 16  # words that are added at a time, which stay in the cache of a processor's core
-_PROBE = bytes(range(KEY_BYTES))  # a private key that is none, to try public ones with
+_PROBE = PrivateKey(bytes(range(KEY_BYTES)))  # of nobody, to try public keys with
 
 
 def folded(vectors: Sequence[Words], ring: Ring) -> Words:
@@ -110,7 +110,7 @@ class Sum:
         if self._members is not None and not advert.is_signed(self.session, self._members):
             raise Refused(Reason.MASKING, f"{advert.name} has not signed its keys, or is not on the roster")
         try:
-            agree(_PROBE, advert.mask_key), agree(_PROBE, advert.share_key)
+            _PROBE.agree(advert.mask_key), _PROBE.agree(advert.share_key)
         except PayloadError as error:
             raise Refused(Reason.MASKING, f"{advert.name}: {error}") from None
         _put(self._adverts, advert.name, advert)
@@ -212,10 +212,9 @@ class Sum:
         plus: list[bytes] = []
         minus = [self_key(self._seed_of(name), self._context, name) for name in self.survivors]
         for dropped in sorted(set(self.sharers) - self._delivered):
-            private = self._key_of(dropped)
+            private = PrivateKey(self._key_of(dropped))
             for peer in sorted(self._delivered & set(self.cohort.neighbours(dropped))):
-                agreed = agree(private, self.cohort.by_name[peer].mask_key)
-                key = pair_key(agreed, self._context, peer, dropped)
+                key = pair_key(private.agree(self.cohort.by_name[peer].mask_key), self._context, peer, dropped)
                 (minus if peer < dropped else plus).append(key)
         return plus, minus
 
@@ -227,7 +226,7 @@ class Sum:
     def _key_of(self, name: str) -> bytes:
         public = self.cohort.by_name[name].mask_key
         given = {who: one.keys[name] for who, one in self._unmaskings.items() if name in one.keys}
-        return self._secret(name, given, lambda private: public_of(private) == public)
+        return self._secret(name, given, lambda private: PrivateKey(private).public == public)
 
     def _secret(self, name: str, given: Mapping[str, bytes], fits: Callable[[bytes], bool]) -> bytes:
         """One member's secret from the shares of all or, if that fails, of all but one of those who gave any."""

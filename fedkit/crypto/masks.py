@@ -25,13 +25,12 @@ from fedkit.errors import PayloadError
 __all__ = [
     "KEY_BYTES",
     "TAG_BYTES",
-    "agree",
+    "PrivateKey",
     "apply_masks",
     "derive",
     "digest_of",
     "opened",
     "packed",
-    "public_of",
     "sealed",
 ]
 
@@ -60,20 +59,24 @@ def derive(secret: bytes, *context: bytes) -> bytes:
     return HKDF(SHA256(), KEY_BYTES, salt=None, info=packed(*context)).derive(secret)
 
 
-def public_of(private: bytes) -> bytes:
-    """The X25519 public key of a private one, both 32 bytes."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+class PrivateKey:
+    """An X25519 private key, of 32 secret bytes."""
 
+    __slots__ = ("_key", "public")
 
-def agree(private: bytes, public: bytes) -> bytes:
-    """The secret (32 bytes) that the holder of `private` shares with that of `public`.
+    def __init__(self, raw: bytes) -> None:
+        self._key = X25519PrivateKey.from_private_bytes(raw)
+        self.public = self._key.public_key().public_bytes_raw()
 
-    Raises `PayloadError` for a public key that leads to the same secret with everybody.
-    """
-    try:
-        return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
-    except ValueError:
-        raise PayloadError("this is not a public key that anybody can agree with") from None
+    def agree(self, public: bytes) -> bytes:
+        """The secret (32 bytes) that it shares with the holder of a public key.
+
+        Raises `PayloadError` for a public key that leads to the same secret with everybody.
+        """
+        try:
+            return self._key.exchange(X25519PublicKey.from_public_bytes(public))
+        except ValueError:
+            raise PayloadError("this is not a public key that anybody can agree with") from None
 
 
 def sealed(key: bytes, text: bytes, bound: bytes) -> bytes:

@@ -14,6 +14,7 @@ the paper's sets:
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedkit.crypto.masks import agree, apply_masks, derive, digest_of, opened, packed, public_of, sealed
+from fedkit.crypto.masks import PrivateKey, apply_masks, derive, digest_of, opened, packed, sealed
 from fedkit.crypto.messages import (
     DIGEST_BYTES,
     Advertised,
@@ -91,11 +92,11 @@ class _State:
 class Member:
     """A member of one session; `members` are its own roster's keys by name, and `key` belongs to its own name there.
 
-    Guarantee: whatever the coordinator says, and whoever is on its side, as long as those are c of n members with
+    Guarantee, whatever the coordinator says, as long as c of the cohort's n members are on its side and
     2 quorum > n + c: this member's vector leaves only under masks that come off a sum over at least `least` members of
-    its roster who were all told the same (in sparse graphs: for dropouts that do not depend on the graph, see
-    `fedkit.crypto.graph`). Every step is taken for one set of facts; asked again for the same, it gives the same
-    answer, and for others it refuses. It never gives both kinds of shares of the same member.
+    its roster, of whom all honest ones were told the same (in sparse graphs within the limits that
+    `fedkit.crypto.graph` states). Every step is taken for one set of facts; asked again for the same, it gives the
+    same answer, and for others it refuses. It never gives both kinds of shares of the same member.
 
     Does not protect against: what the sum itself tells, above all where all but one member are on the coordinator's
     side; members who add what they like; a state that is taken back to an older copy of itself.
@@ -121,6 +122,7 @@ class Member:
         self.session, self.name = session, name
         self._key, self._members, self._least = key, members, least
         self._state = _State(secrets.token_bytes(SECRET_BYTES))
+        self._agreed_with: dict[str, bytes] = {}
 
     def __repr__(self) -> str:
         return f"<Member {self.name} of round {self.session.round} of {self.session.run}>"
@@ -129,7 +131,7 @@ class Member:
 
     def advertise(self) -> Advertised:
         """Its fresh public keys, signed."""
-        publics = (public_of(self._mask_private), public_of(self._share_private), commitment_to(self._own_seed))
+        publics = (self._mask_key.public, self._share_key.public, commitment_to(self._own_seed))
         unsigned = Advertised(self.name, *publics, bytes(64))
         return replace(unsigned, signature=self._key.sign(unsigned.body(self.session)))
 
@@ -237,9 +239,13 @@ class Member:
     def _mask_private(self) -> bytes:
         return derive(self._state.seed, b"fedkit-mask-key-1")
 
-    @property
-    def _share_private(self) -> bytes:
-        return derive(self._state.seed, b"fedkit-share-key-1")
+    @functools.cached_property
+    def _mask_key(self) -> PrivateKey:
+        return PrivateKey(self._mask_private)
+
+    @functools.cached_property
+    def _share_key(self) -> PrivateKey:
+        return PrivateKey(derive(self._state.seed, b"fedkit-share-key-1"))
 
     @property
     def _own_seed(self) -> bytes:
@@ -263,20 +269,22 @@ class Member:
     def _channel(self, cohort: Cohort, peer: str, sender: str, recipient: str) -> tuple[bytes, bytes]:
         """The key of one message between it and a peer, and what the message is bound to."""
         bound = packed(b"fedkit-channel-1", cohort.digest, sender.encode(), recipient.encode())
-        return derive(self._agreed(cohort.by_name[peer].share_key, self._share_private, peer), bound), bound
+        if peer not in self._agreed_with:
+            self._agreed_with[peer] = self._agreed(self._share_key, cohort.by_name[peer].share_key, peer)
+        return derive(self._agreed_with[peer], bound), bound
 
     @staticmethod
-    def _agreed(public: bytes, private: bytes, peer: str) -> bytes:
+    def _agreed(private: PrivateKey, public: bytes, peer: str) -> bytes:
         try:
-            return agree(private, public)
+            return private.agree(public)
         except PayloadError:
             raise _refused(f"nobody can agree with a key of {peer}") from None
 
     def _mask_keys(self, cohort: Cohort, sharers: tuple[str, ...], context: bytes) -> tuple[list[bytes], list[bytes]]:
         """The keys of the masks that are added, and of those that are taken off: between two, the first one adds."""
-        own, private = self_key(self._own_seed, context, self.name), self._mask_private
+        own = self_key(self._own_seed, context, self.name)
         keys = {
-            peer: pair_key(self._agreed(cohort.by_name[peer].mask_key, private, peer), context, self.name, peer)
+            peer: pair_key(self._agreed(self._mask_key, cohort.by_name[peer].mask_key, peer), context, self.name, peer)
             for peer in sorted(set(sharers) & set(self._others(cohort)))
         }
         plus = [key for peer, key in keys.items() if self.name < peer]

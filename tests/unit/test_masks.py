@@ -19,16 +19,16 @@ def mask(key: bytes, size: int) -> np.ndarray:
 
 
 def test_two_members_agree_on_a_secret_that_their_public_keys_do_not_tell() -> None:
-    one, other = KEYS[:2]
-    shared = masks.agree(one, masks.public_of(other))
-    assert shared == masks.agree(other, masks.public_of(one))
-    assert shared != masks.agree(KEYS[2], masks.public_of(one))
+    one, other, third = (masks.PrivateKey(key) for key in KEYS[:3])
+    shared = one.agree(other.public)
+    assert shared == other.agree(one.public)
+    assert shared != third.agree(one.public)
 
 
 @pytest.mark.parametrize("public", [bytes(32), (1).to_bytes(32, "little"), b"short"])
 def test_a_public_key_that_gives_everybody_the_same_secret_is_refused(public: bytes) -> None:
     with pytest.raises(PayloadError):
-        masks.agree(KEYS[0], public)
+        masks.PrivateKey(KEYS[0]).agree(public)
 
 
 def test_a_context_is_told_from_every_other() -> None:

@@ -342,7 +342,7 @@ def test_secrets_are_in_no_repr() -> None:
     survivors = federation.delivered()
     member = federation.members["ada"]
     shown = [repr(member), repr(member._state), repr(member.unmask(federation.signatures(survivors)))]
-    secrets = [member._state.seed, member._mask_private, member._share_private, member._own_seed]
+    secrets = [member._state.seed, member._mask_private, member._own_seed]
     for text in shown:
         assert not any(repr(secret)[2:-1] in text or secret.hex() in text for secret in secrets)
 
