@@ -15,6 +15,7 @@ from torch import nn
 
 import fedkit
 from bench.accounting import accounting
+from bench.masking import masking
 from bench.run import arguments, network, ratios
 from bench.table import Figure, show
 from fedkit import rng
@@ -103,6 +104,7 @@ def main() -> None:
     given = arguments()
     good = show("Accuracy on real data", heart())
     good &= show("Differential privacy", [*private_heart(), *accounting()])
+    good &= show("Masked sums", masking())
     good &= show("Equalities", equalities())
     good &= show("Label skew", scaffold())
     good &= show("Speed", ratios(given.pfl))
