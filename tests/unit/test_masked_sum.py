@@ -106,6 +106,27 @@ def test_a_false_share_where_none_is_to_spare_leaves_the_sum_closed_and_names_wh
     assert np.array_equal(total, before)
 
 
+@pytest.mark.parametrize("false", [b"\xff" * SHARE_BYTES, b"\0" * 32 + b"\1"])
+def test_a_share_that_is_none_or_leads_out_of_the_secrets_is_as_false_as_any_other(false: bytes) -> None:
+    masked, people, total = played(Step.UNMASKINGS)
+    given = people["a"].unmask(masked._signatures)
+    masked.unmask("a", Unmasking({**given.seeds, "b": false}, given.keys))
+    for name in LEFT[1:]:
+        masked.unmask(name, people[name].unmask(masked._signatures))
+    masked.open(total)
+    assert total.tolist() == EXPECTED
+
+
+def test_a_member_whose_shares_hardly_anybody_gives_keeps_the_sum_closed() -> None:
+    masked, people, total = played(Step.UNMASKINGS)
+    for name in LEFT:
+        given = people[name].unmask(masked._signatures)
+        seeds = {whose: share for whose, share in given.seeds.items() if whose != "b" or name in "abc"}
+        masked.unmask(name, Unmasking(seeds, given.keys))
+    with pytest.raises(BelowThreshold, match="3 members gave shares of a secret of b"):
+        masked.open(total)
+
+
 def test_shares_that_do_not_open_are_done_without() -> None:
     people = {name: Member(SESSION, name, KEYS[name], ROSTER) for name in NAMES}
     masked, total = Sum(SESSION, TOLD), np.zeros(SIZE, dtype=np.uint32)

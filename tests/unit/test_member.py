@@ -295,6 +295,25 @@ def test_signatures_that_are_missing_forged_or_of_others_do_not_count() -> None:
             federation.members["ada"].unmask(bad)
 
 
+def test_in_a_sparse_graph_a_member_without_enough_of_its_neighbours_goes_no_further() -> None:
+    session = Session("heart", 4, "call-1", Assumptions(0.01, 0.05, bits=4))
+    keys = {f"m{i:03}": Ed25519PrivateKey.from_private_bytes(i.to_bytes(32, "big")) for i in range(201)}
+    roster = {name: public_of(key) for name, key in keys.items()}
+    members = {name: Member(session, name, key, roster) for name, key in keys.items()}
+    cohort = Cohort.of(session, [member.advertise() for member in members.values()])
+    near, one = cohort.neighbours("m007"), members["m007"]
+    assert len(near) < 40
+    one.share(cohort)
+    gone = set(near[cohort.plan.threshold - 2 :])  # with itself, one fewer than the threshold is left
+    left = tuple(name for name in cohort.names if name not in gone)
+    few = Shares({name: bytes(82) for name in near if name not in gone})
+    with refuses("of those who hold its shares"):
+        one.mask(left, few, TOLD, vector_of("m007"))
+    one.mask(cohort.names, Shares({name: bytes(82) for name in near}), TOLD, vector_of("m007"))
+    with refuses("of those who hold its shares"):
+        one.confirm(left)
+
+
 # -- told different things ---------------------------------------------------------------------------------------------
 
 
