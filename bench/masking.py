@@ -116,8 +116,8 @@ def _upload(count: int) -> int:
 
 def _numbers(size: int) -> str:
     found = plan(size)
-    odds = [math.log2(one) if one else -math.inf for one in map(float, (found.collusion, found.failure))]
-    return f"degree {found.degree}, threshold {found.threshold}; read 2^{odds[0]:.1f}, stuck 2^{odds[1]:.1f}"
+    odds = [f"2^{math.log2(one):.1f}" if one else "0" for one in map(float, (found.collusion, found.failure))]
+    return f"degree {found.degree}, threshold {found.threshold}; read {odds[0]}, stuck {odds[1]}"
 
 
 def masking(trials: int = TRIALS) -> list[Figure]:
