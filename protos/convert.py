@@ -31,6 +31,7 @@ __all__ = [
     "header_to_proto",
     "refusal_from_proto",
     "refusal_to_proto",
+    "require_id",
     "require_name",
     "sums_from_proto",
     "sums_to_proto",
@@ -74,6 +75,12 @@ def require_name(text: str, what: str) -> str:
 
 
 # -- assignments -------------------------------------------------------------------------------------------------------
+
+
+def require_id(text: str) -> None:
+    """Raises `PayloadError` for what cannot be the id of an assignment."""
+    if not _ID.fullmatch(text):
+        raise PayloadError("an assignment's id is 32 hexadecimal characters")
 
 
 def assignment_to_proto(
@@ -142,8 +149,7 @@ def _put_query(message: pb.Summarize, query: Query) -> None:
 
 def assignment_from_proto(message: pb.Assignment, client: str) -> Assignment:
     """The assignment a message asks for; raises `PayloadError` for one that makes no sense."""
-    if not _ID.fullmatch(message.id):
-        raise PayloadError("an assignment's id is 32 hexadecimal characters")
+    require_id(message.id)
     returns = next((name for name, number in _RETURNS.items() if number == message.returns), None)
     if returns is None:
         raise PayloadError(f"assignment {message.id} does not say what it returns")

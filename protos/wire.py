@@ -187,10 +187,10 @@ def handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHan
 def _reading(behaviour: Callable[..., Any], method: MethodDescriptor) -> Callable[..., Any]:
     """The behaviour, given messages for bytes: where gRPC parses, it answers UNKNOWN and logs where it failed."""
     parse = _parser(method.input_type)
-    if parse is None:
-        return behaviour
 
     def read(raw: Any) -> Any:
+        if parse is None:
+            return raw
         return _each(parse, raw) if method.client_streaming else _parsed(parse, raw)
 
     async def stream(raw: Any, context: Any) -> AsyncIterator[Any]:

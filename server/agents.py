@@ -29,6 +29,7 @@ __all__ = ["AgentService", "Register"]
 log = structlog.get_logger("fedkit.server")
 
 _HELLO_S = 10.0  # a stream that says nothing for so long is closed
+_ON_WORK = ("progress", "update", "sums", "refusal")  # messages that name an assignment
 _MAX_HELD = 10_000
 _MAX_COHORT = 1000  # vouchers that travel with an assignment
 _GONE = tensors_pb2.Piece(gone=True).SerializeToString()
@@ -93,6 +94,7 @@ class AgentService:
         except _Unwelcome as unwelcome:
             yield Laden(unwelcome.goodbye)
             return
+        session.ended.add_done_callback(lambda _: self._depart(session))  # the last words may wait to be read for ever
         reading = asyncio.create_task(self._read(session, requests))
         try:
             yield Laden(self._welcome(session, held))
@@ -177,6 +179,8 @@ class AgentService:
             async for message, payload in requests:
                 session.heard = time.monotonic()
                 self._dispatch(session, message, payload)
+                if session.ended.done():
+                    return
         except grpc.RpcError:
             pass  # the stream broke; its end is the same as if the agent had closed it
         except Undecodable as error:
@@ -186,6 +190,8 @@ class AgentService:
 
     def _dispatch(self, session: Session, message: pb.FromAgent, payload: memoryview | bytes) -> None:
         kind = message.WhichOneof("what")
+        if kind in _ON_WORK:
+            _require_id(getattr(message, kind).assignment_id)
         if kind == "progress":
             _progressed(session, message.progress)
         elif kind == "update":
@@ -200,8 +206,7 @@ class AgentService:
         elif kind == "heartbeat":
             self._take_voucher(session, message.heartbeat)
         else:
-            bad = pb.Goodbye(reason=pb.Goodbye.MALFORMED, detail="a message of no known kind: update the agent")
-            session.end(pb.ToAgent(goodbye=bad))
+            raise Undecodable("a message of no known kind: update the agent")
 
     def _updated(self, session: Session, announced: pb.Announcement, payload: memoryview) -> None:
         def answer(errand: Errand) -> Any:
@@ -269,9 +274,6 @@ class AgentService:
         session = await self._holder(context)
         async for raw in requests:
             announced = _announcement(raw)
-            if announced is None:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "an upload begins with its announcement")
-                raise AssertionError("abort raises")
             try:
                 await self._receive(session, announced, requests, context)
             except _Short as short:
@@ -356,12 +358,21 @@ def _checked_hello(first: pb.FromAgent) -> pb.Hello:
     return hello
 
 
-def _announcement(raw: bytes) -> pb.Announcement | None:
+def _require_id(key: str) -> None:
+    """What is no id is not looked up, and not repeated in an answer either."""
+    try:
+        convert.require_id(key)
+    except PayloadError as error:
+        raise Undecodable(str(error)) from None
+
+
+def _announcement(raw: bytes) -> pb.Announcement:
     with contextlib.suppress(DecodeError):
         first = pb.UploadPiece.FromString(raw)
         if first.WhichOneof("part") == "announcement":
+            _require_id(first.announcement.assignment_id)
             return first.announcement
-    return None
+    raise Undecodable("an upload begins with its announcement")
 
 
 def _refusal(announced: pb.Announcement, refused: Refused) -> pb.UploadReply:

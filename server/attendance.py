@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
+
 from fedkit.errors import Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.wire import Laden
@@ -23,9 +25,12 @@ from fedkit.work import Answer
 
 __all__ = ["Attendance", "Away", "Session"]
 
+log = structlog.get_logger("fedkit.server")
+
 _MODELS = 2  # that an agent keeps, at least
 _MANIFESTS = 32
 _NEWS_S = 0.02  # for which news of results waits for an assignment to travel with
+_MOST_UNREAD = 512  # messages that wait for an agent which does not read them
 
 
 class Away(Exception):
@@ -34,7 +39,7 @@ class Away(Exception):
 
 @dataclass(eq=False)
 class Session:
-    """One attending agent, from its welcome to its end. Everything it is sent goes through one queue."""
+    """One attending agent, from its welcome to its end. It is sent everything through one queue of limited length."""
 
     name: str
     instance: bytes
@@ -87,11 +92,19 @@ class Session:
                 self._manifests.append(manifest)
                 message.assignment.manifest = errand.published.parcel.model.manifest.to_json()
         errand.sendings += 1
-        self.outgoing.put_nowait(Laden(message, payload))
+        self.send(message, payload)
 
-    def send(self, message: pb.ToAgent) -> None:
-        """Queues a message."""
-        self.outgoing.put_nowait(Laden(message))
+    def send(self, message: pb.ToAgent, payload: memoryview | bytes = b"") -> None:
+        """Queues a message; where too many wait already, the session ends, and they with it."""
+        if self.ended.done():
+            return
+        if self.outgoing.qsize() < _MOST_UNREAD:
+            self.outgoing.put_nowait(Laden(message, payload))
+            return
+        log.warning("client does not read", client=self.name)
+        while not self.outgoing.empty():
+            self.outgoing.get_nowait()
+        self.end()
 
     def tell(self, settlement: pb.Settlement) -> None:
         """Queues news of results, with the next assignment if that comes at once."""
@@ -101,7 +114,7 @@ class Session:
         self._news.MergeFrom(settlement)
 
     def _tell_now(self) -> None:
-        if self._news is not None and not self.ended.done():
+        if self._news is not None:
             news, self._news = self._news, None
             self.send(pb.ToAgent(settlement=news))
 
@@ -110,7 +123,7 @@ class Session:
         if not self.ended.done():
             self.ended.set_result(None)
             if last is not None:
-                self.send(last)
+                self.outgoing.put_nowait(Laden(last))
             self.outgoing.put_nowait(None)
 
 

@@ -64,6 +64,7 @@ class Talk:
         self.accepted: set[str] = set()
         self.dropped: set[str] = set()
         self.refused: dict[str, str] = {}  # why, by assignment, of what was posted
+        self.goodbye: pb.Goodbye | None = None
         self.payloads: dict[str, bytes] = {}  # that came along with assignments
 
     async def begin(self) -> pb.ToAgent:
@@ -88,6 +89,8 @@ class Talk:
             self.payloads[message.assignment.id] = bytes(payload)
             if message.HasField("refused"):
                 self.refused[message.refused.assignment_id] = message.refused.reason
+            if message.HasField("goodbye"):
+                self.goodbye = message.goodbye
             for news in (message.settlement, message.assignment.settlement, message.welcome.settlement):
                 self.accepted.update(news.accepted)
                 self.dropped.update(news.dropped)
@@ -200,7 +203,6 @@ class Agent:
     def __init__(self, address: str, name: str, answer: Answer = honest, **talk: Any) -> None:
         self.talk = Talk(address, name, **talk)
         self.failure: BaseException | None = None
-        self.goodbye: pb.Goodbye | None = None
         self._answer = answer
         self._task: asyncio.Task[None] | None = None
         self._errands: set[asyncio.Task[None]] = set()
@@ -215,13 +217,10 @@ class Agent:
     async def _attend(self) -> None:
         with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
             async for message in self.talk.messages():
-                kind = message.WhichOneof("what")
-                if kind == "assignment":
+                if message.WhichOneof("what") == "assignment":
                     errand = asyncio.create_task(self._answer(self.talk, message.assignment))
                     errand.add_done_callback(self._done)
                     self._errands.add(errand)
-                elif kind == "goodbye":
-                    self.goodbye = message.goodbye
 
     def _done(self, errand: asyncio.Task[None]) -> None:
         self._errands.discard(errand)

@@ -6,6 +6,7 @@ One coordinator serves all of them: it has to stay up through everything that is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import itertools
 from collections import defaultdict
@@ -78,7 +79,8 @@ class Bad:
             self.acts += 1
         if leaves:
             self._done[round].set()
-            await talk.say(leaving=pb.Leaving())
+            with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # it may have been ended before
+                await talk.say(leaving=pb.Leaving())
 
     async def _spoilt(self, talk: Talk, hand: Hand, round: int, way: str) -> None:
         await self._bad(talk, hand, round, way, self.bad.reason)
@@ -104,15 +106,26 @@ class Bad:
     async def _hand_in(self, talk: Talk, hand: Hand, way: str, told: str) -> None:
         """Hands in, and hears "taken" or the reason why not."""
         if way == "upload":
-            replies = await talk.hand_in(hand.messages())
-            assert [reply.refused.reason or reply.WhichOneof("what") for reply in replies] == [told]
+            assert await uploaded(talk, hand) == [told]
             return
         key = hand.announcement.assignment_id
         await talk.post(hand)
         async with asyncio.timeout(PATIENCE_S):
-            while told != "taken" and key not in talk.refused:
+            while told != "taken" and key not in talk.refused and talk.goodbye is None:
                 await asyncio.sleep(0.005)
-        assert talk.refused.pop(key, "taken") == told
+        if talk.goodbye is not None:
+            assert pb.Goodbye.Reason.Name(talk.goodbye.reason).lower() == told
+        else:
+            assert talk.refused.pop(key, "taken") == told
+
+
+async def uploaded(talk: Talk, hand: Hand) -> list[str | None]:
+    """What an upload hears, message by message."""
+    try:
+        replies = await talk.hand_in(hand.messages())
+    except grpc.aio.AioRpcError as error:
+        return ["malformed" if error.code() is grpc.StatusCode.INVALID_ARGUMENT else error.code().name]
+    return [reply.refused.reason or reply.WhichOneof("what") for reply in replies]
 
 
 SCRIPTS = {

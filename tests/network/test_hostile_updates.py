@@ -18,8 +18,9 @@ from fedkit.errors import Reason, RefusalWarning
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.wire import SESSION_KEY, frame
 from fedkit.server import agents as service
+from tests.network import scripted
 from tests.network.place import HONEST, MAL, Place, cost_nothing_else, lost_once, refusals, trains
-from tests.network.scripted import EOF, Answer, Hand, Talk, honest, update
+from tests.network.scripted import EOF, PATIENCE_S, Answer, Hand, Talk, honest, update
 
 MIB = 1 << 20
 MODEL_BYTES = 4 * 75
@@ -137,6 +138,34 @@ def test_nobody_settles_or_fetches_what_another_client_was_asked(place: Place, a
         done.set()
 
     lost_once(place.run(("ada", ada), (MAL, leaving(act))), alone)
+
+
+def test_whoever_does_not_read_is_neither_waited_for_nor_kept_messages_for(
+    place: Place, alone: fedkit.Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 14)]  # of what waits to be read
+    monkeypatch.setattr(scripted, "OPTIONS", [*scripted.OPTIONS, *small])
+    over = asyncio.Event()
+
+    async def deaf() -> pb.ToAgent:
+        await over.wait()
+        return pb.ToAgent()
+
+    async def act(talk: Talk, asked: pb.Assignment) -> None:
+        monkeypatch.setattr(talk, "hear", deaf)
+        session = place.coordinator.attendance.sessions[MAL]
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while not session.ended.done():
+                    await talk.say(update=pb.Announcement(assignment_id="0" * 32))
+                    assert session.outgoing.qsize() <= 512
+                while MAL in place.coordinator.attendance.sessions:
+                    await asyncio.sleep(0.005)
+        finally:
+            over.set()
+            await talk.vanish()
+
+    lost_once(place.run((MAL, trains(act))), alone)
 
 
 def test_an_upload_that_breaks_off_goes_on_where_it_stopped(place: Place, together: fedkit.Result) -> None:

@@ -358,6 +358,18 @@ async def test_news_of_results_is_told_alone_where_no_assignment_comes() -> None
 
 
 @in_a_loop
+async def test_a_session_ends_where_too_many_messages_wait_to_be_read(tmp_path: Path) -> None:
+    one = session()
+    for i in range(512):
+        one.send(pb.ToAgent(settlement=settlement(i)))
+    assert not one.ended.done()
+    with pytest.raises(Away):
+        await one.ask(errand(tmp_path))
+    one.send(pb.ToAgent(settlement=settlement(0)))
+    assert queued(one) == [None]
+
+
+@in_a_loop
 async def test_nothing_is_told_after_the_end() -> None:
     one = session()
     one.tell(settlement(1))
