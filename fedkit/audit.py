@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from blake3 import blake3
 
@@ -29,6 +29,7 @@ __all__ = ["AuditLog", "Verified", "verify"]
 _LONGEST = 1 << 20  # bytes of one line
 _HEAD_BYTES = 96
 _TAIL = b',"digest":"%s"}'
+_MISMATCH = "audit log does not end as its head says"
 _OURS = frozenset({"at", "line", "previous", "digest"})
 
 
@@ -45,7 +46,9 @@ class Verified:
 class AuditLog:
     """Appends to the file at `path`; one process at a time. Raises `StorageError` where the disk does not do its part.
 
-    A line that a crash cut short was no record yet, and is taken away.
+    A line that a crash cut short was no record yet, and is taken away. Where the head does not name the last line, nor
+    the one before (a crash came between the two files), the log was changed meanwhile: the next line says so, and
+    `verify` will not pass over it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,13 +57,15 @@ class AuditLog:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             self._head = os.open(_head_of(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._line, self._digest = _end_of(self._file)
-            noted = _head(_head_of(path)) if _head_of(path).stat().st_size else (0, "")
-            self._mark()
+            end = _end_of(self._file)
+            self._line, self._digest = end.line, end.digest
+            noted = _noted(self._head)
         except OSError as error:
-            raise StorageError(f"{path}: {error.strerror}; free space or mend the disk") from error
-        if noted[0] > self._line:
-            self.write({"event": "audit log is shorter than its head", "lines": self._line, "head": noted[0]})
+            raise _disk(path, error) from error
+        if noted not in (f"{end.line} {end.digest}".strip(), f"{end.line - 1} {end.previous}".strip()):
+            self.write({"event": _MISMATCH, "head": noted})
+        else:
+            self._mark()
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Appends one event: strings, numbers, and lists and mappings of them. Names the log needs get a `_` behind."""
@@ -76,12 +81,15 @@ class AuditLog:
                 os.ftruncate(self._file, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise StorageError(f"{self.path}: {error.strerror}; free space or mend the disk") from error
+            raise _disk(self.path, error) from error
         self._line, self._digest = self._line + 1, digest
         self._mark()
 
     def _mark(self) -> None:
-        os.pwrite(self._head, f"{self._line:>20} {self._digest:<64}\n".encode().ljust(_HEAD_BYTES), 0)
+        try:
+            os.pwrite(self._head, f"{self._line:>20} {self._digest:<64}\n".encode().ljust(_HEAD_BYTES), 0)
+        except OSError as error:
+            raise _disk(self.path, error) from error
 
     def close(self) -> None:
         """Closes the files."""
@@ -101,6 +109,9 @@ def verify(path: Path, head: Path | None = None) -> Verified:
     for number, raw in enumerate(_lines(path), 1):
         last = _checked(path, number, raw, last)
         first = first or last
+        if last.get("event") == _MISMATCH:
+            text = f"when the log was taken up here, the head named another last line ({last.get('head')!r:.100})"
+            raise TrustError(f"{path}, line {number}: {text}; lines before were removed or written anew")
         if number == wanted[0] and last["digest"] != wanted[1]:
             raise TrustError(f"{path}, line {number}: the log was written anew up to here; the head knows another line")
     if last["line"] < wanted[0]:
@@ -113,14 +124,14 @@ def _checked(path: Path, number: int, raw: bytes, before: Mapping[str, Any]) -> 
     where = f"{path}, line {number}"
     try:
         values = json.loads(raw)
-        line, digest = values["line"], values.pop("digest")
+        line, previous, _, digest = values["line"], values["previous"], values["at"], values.pop("digest")
         body = _dumped(values)
         intact = digest == blake3(body).hexdigest() and raw == body[:-1] + _TAIL % digest.encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         intact = False
     if not intact:
         raise TrustError(f"{where}: altered")
-    if values["previous"] != before["digest"] or line != number:
+    if previous != before["digest"] or line != number:
         moved = f"this is line {line}" if line != number else "it does not follow from the one before"
         raise TrustError(f"{where}: {moved}; a line was removed before it, or moved")
     return {**values, "digest": digest}
@@ -145,20 +156,35 @@ def _head(path: Path) -> tuple[int, str]:
         raise TrustError(f"{path}: this is not the head of an audit log") from None
 
 
-def _end_of(file: int) -> tuple[int, str]:
-    """Number and digest of the last whole line; what stands behind it is cut off."""
+def _noted(head: int) -> str:
+    """What a head says, as `line digest`; of an empty one, what it says of an empty log."""
+    return " ".join(os.pread(head, 2 * _HEAD_BYTES, 0).decode("ascii", "replace").split()) or "0"
+
+
+class _End(NamedTuple):
+    line: int
+    digest: str
+    previous: str
+
+
+def _end_of(file: int) -> _End:
+    """The last whole line; what stands behind it is cut off."""
     size = os.fstat(file).st_size
     tail = os.pread(file, min(size, 2 * _LONGEST), max(size - 2 * _LONGEST, 0))
     whole = tail[: tail.rfind(b"\n") + 1]
     if len(whole) < len(tail):
         os.ftruncate(file, size - len(tail) + len(whole))
     if not whole:
-        return 0, ""
+        return _End(0, "", "")
     try:
         last = json.loads(whole[:-1].rpartition(b"\n")[2])
-        return int(last["line"]), str(last["digest"])
+        return _End(int(last["line"]), str(last["digest"]), str(last["previous"]))
     except (ValueError, TypeError, KeyError):
         raise StorageError("the audit log's last line is not one: move the file away, and keep it") from None
+
+
+def _disk(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"{path}: {error.strerror}; free space or mend the disk")
 
 
 def _head_of(path: Path) -> Path:

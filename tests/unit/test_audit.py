@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import structlog
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,10 +21,10 @@ from fedkit.errors import StorageError, TrustError
 LINES = 6
 
 
-def written(folder: Path, lines: int = LINES) -> Path:
+def written(folder: Path, lines: int = LINES, event: str = "stored") -> Path:
     log = AuditLog(folder / "audit.log")
     for i in range(lines):
-        log.write({"event": "stored", "number": i, "names": ["ada", "zoë"], "share": 0.1 * i})
+        log.write({"event": event, "number": i, "names": ["ada", "zoë"], "share": 0.1 * i})
     log.close()
     return folder / "audit.log"
 
@@ -120,13 +122,75 @@ def test_a_line_that_a_crash_cut_short_was_no_record(tmp_path: Path) -> None:
     assert verify(written(tmp_path, 1)).lines == LINES + 1
 
 
-def test_a_restart_does_not_hide_that_lines_are_missing(tmp_path: Path) -> None:
-    path = written(tmp_path)
+def cut(path: Path) -> None:
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
+
+
+def forge(path: Path) -> None:
+    """Another history of as many lines, whole in itself."""
+    head = path.with_name("audit.log.head")
+    noted = head.read_bytes()
+    path.unlink()
+    head.unlink()
+    written(path.parent, event="settled")
+    head.write_bytes(noted)
+
+
+CHANGED: dict[str, tuple[Callable[[Path], object], int]] = {
+    "lines removed": (cut, LINES - 1),
+    "written anew": (forge, LINES + 1),
+    "removed": (lambda path: path.unlink(), 1),
+    "head emptied": (lambda path: path.with_name("audit.log.head").write_bytes(b""), LINES + 1),
+    "head of another kind": (lambda path: path.with_name("audit.log.head").write_bytes(b"\xff what"), LINES + 1),
+}
+
+
+@pytest.mark.parametrize(("change", "line"), CHANGED.values(), ids=CHANGED)
+def test_a_restart_does_not_hide_what_was_done_before(
+    tmp_path: Path, change: Callable[[Path], object], line: int
+) -> None:
+    path = written(tmp_path)
+    change(path)
+    for _ in range(2):
+        written(tmp_path, 1)
+        with pytest.raises(TrustError, match=f"line {line}: .*the head named another last line"):
+            verify(path)
+
+
+@pytest.mark.parametrize("lines", [1, LINES])
+def test_a_crash_between_the_log_and_its_head_is_no_change(tmp_path: Path, lines: int) -> None:
+    path = written(tmp_path, lines - 1)
+    head = path.with_name("audit.log.head")
+    noted = head.read_bytes()
     written(tmp_path, 1)
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    assert (events[4]["event"], events[4]["lines"], events[4]["head"]) == ("audit log is shorter than its head", 4, 6)
-    assert verify(path).lines == 6
+    head.write_bytes(noted)
+    assert verify(written(tmp_path, 1)).lines == lines + 1
+
+
+@pytest.mark.parametrize("left_out", ["previous", "at", "line"])
+def test_a_line_without_the_logs_own_fields_is_named(tmp_path: Path, left_out: str) -> None:
+    path = written(tmp_path, 1)
+    values = json.loads(path.read_bytes())
+    del values["digest"], values[left_out]
+    body = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    path.write_bytes(body[:-1] + b',"digest":"%s"}\n' % blake3(body).hexdigest().encode())
+    with pytest.raises(TrustError, match="line 1: altered"):
+        verify(path)
+
+
+def test_a_head_that_cannot_be_written_is_said_like_any_failure_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = AuditLog(tmp_path / "audit.log")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StorageError, match="No space left"):
+            log.write({"event": "stored"})
+    log.close()
+    assert verify(written(tmp_path, 1)).lines == 2
 
 
 def test_a_log_that_cannot_go_on_is_an_error(tmp_path: Path) -> None:
