@@ -22,8 +22,6 @@ from structlog.testing import capture_logs
 import fedkit
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.wire import PROTOCOL, frame
-from fedkit.server.guard import _ROLES
-from fedkit.trust.certificates import Role
 from fedkit.trust.identity import Identity
 from tests.network.place import HONEST, MAL, METHODS, Place, ended, trains
 from tests.network.scripted import Answer, Talk, honest, update
@@ -140,14 +138,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     running.close()
 
 
+MINE = {  # whose identity each service takes
+    "fedkit.v1.Agents": MAL,
+    "fedkit.v1.Operators": "operator",
+    "fedkit.v1.Runs": MAL,
+    "fedkit.v1.Identities": MAL,
+}
+
+
 class Caller:
     """Calls each RPC with the identity it takes, and with the session of a client that attends."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self._channels = contextlib.ExitStack()
-        mine = {service: MAL if Role.AGENT in roles else "operator" for service, roles in _ROLES.items()}
-        self._by_service = {name: self._dialled(place.address, place.identities[who]) for name, who in mine.items()}
+        self._by_service = {name: self._dialled(place.address, place.identities[who]) for name, who in MINE.items()}
         self._by_service["fedkit.v1.Enrolment"] = self._dialled(place.enrolment or "", None)
         self._agent = place.do(place.joined(MAL, honest))
 
