@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection
@@ -29,6 +30,7 @@ _ROLES = {
     "fedkit.v1.Identities": frozenset({Role.AGENT, Role.OPERATOR}),
 }
 _LONGEST_S = 24 * 3600.0  # for which one timer is set
+_NOTED_S = 60.0  # for which a certificate that is turned away is not on record again
 
 
 def caller(context: Any) -> Holder | None:
@@ -57,6 +59,7 @@ class Guard:
     def __init__(self, revoked: Collection[int] = ()) -> None:
         self.revoked = frozenset(revoked)
         self._calls: defaultdict[int, set[_Call]] = defaultdict(set)
+        self._noted: dict[tuple[int, str], float] = {}  # when it was last said of a certificate
 
     def around(self, service: ServiceDescriptor, servicer: object) -> object:
         """The servicer, with each of its methods behind the guard; raises `KeyError` for an unknown service."""
@@ -99,14 +102,21 @@ class Guard:
             raise AssertionError("abort raises") from None
         if found.serial in self.revoked or found.expires <= time.time():
             why = "revoked" if found.serial in self.revoked else "expired"
-            log.warning("turned away", role=found.role.value, name=found.name, why=why)
+            self._note(found, why)
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"the certificate was {why}: {_ENROL}")
         if found.role not in roles:
-            log.warning("turned away", role=found.role.value, name=found.name, why="role")
+            self._note(found, "role")
             allowed = " or ".join(sorted(roles))
             text = f"{found.name} is an {found.role}; this takes an identity of the kind {allowed}"
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, text)
         return found
+
+    def _note(self, found: Holder, why: str) -> None:
+        """On record once a minute: whoever calls again and again must not fill the disk."""
+        now = time.monotonic()
+        if now >= self._noted.get((found.serial, why), -math.inf) + _NOTED_S:
+            self._noted[found.serial, why] = now
+            log.warning("turned away", role=found.role.value, name=found.name, why=why)
 
 
 _ENROL = "ask the operator of the coordinator for a token, and enrol again"

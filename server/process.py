@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from fedkit.address import is_loopback, parts
 from fedkit.audit import AuditLog
 from fedkit.config import Settings
 from fedkit.errors import ConfigError
-from fedkit.logs import keep
+from fedkit.logs import keep, where
 from fedkit.process import fast_loop, on_stop, open_many_files, tune_malloc
 from fedkit.protos import agents_pb2, operators_pb2
 from fedkit.protos.wire import SERVER_OPTIONS, handlers
@@ -38,6 +38,7 @@ __all__ = ["Coordinator", "CoordinatorSettings", "coordinate"]
 log = structlog.get_logger("fedkit.server")
 
 _GRACE_S = 1.0
+_AGAIN_S = 1.0  # after which a watch that has ended begins again
 _ROSTER_BYTES = 3 << 20  # which fits into one message
 
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -119,7 +120,7 @@ class Coordinator:
         shared = self.attendance, self.database, self.metrics
         self._agents = AgentService(*shared, heartbeat_s=heartbeat_s, max_examples=most)
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        self._watching: list[asyncio.Task[None]] = []
+        self._watching: set[asyncio.Task[None]] = set()
         self._closing = contextlib.ExitStack()
 
     async def start(self) -> int:
@@ -128,9 +129,9 @@ class Coordinator:
         port = listen(self._server, self._settings.listen, None if self._trust is None else self._trust.credentials())
         self._serve_metrics()
         await self._server.start()
-        self._watching.append(asyncio.create_task(self._watch()))
+        self._keep_up(self._watch)
         if self._trust is not None:
-            self._watching.append(asyncio.create_task(self._trust.watch()))
+            self._keep_up(self._trust.watch)
             if self._settings.enrolment is not None:
                 await self._trust.open_enrolment(self._settings.enrolment)
         self.runs.resume()
@@ -148,6 +149,25 @@ class Coordinator:
             yield handlers(service, servicer if self._trust is None else self._trust.guard.around(service, servicer))
         if self._trust is not None:
             yield self._trust.renewal()
+
+    def _keep_up(self, watch: Callable[[], Awaitable[None]], pause_s: float = 0.0) -> None:
+        """Runs what must never end. Where it does all the same, that is on record, and it begins again."""
+
+        async def after_pause() -> None:
+            await asyncio.sleep(pause_s)
+            await watch()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._watching.discard(task)
+            if not task.cancelled():
+                error = task.exception()
+                about = {} if error is None else {"error": type(error).__name__, "where": where(error)[-3:]}
+                log.error("watch ended", what=watch.__qualname__, **about)
+                self._keep_up(watch, _AGAIN_S)
+
+        task = asyncio.create_task(after_pause())
+        self._watching.add(task)
+        task.add_done_callback(ended)
 
     async def _watch(self) -> None:
         """Notices silent agents in time, and keeps the gauges fresh."""

@@ -83,11 +83,11 @@ class Trust:
     def _look(self) -> None:
         seen = self._authority.changes()
         if seen != self._seen:
-            self._seen = seen
             revoked = self._authority.revoked()
             for serial in sorted(revoked - self.guard.revoked):
                 log.info("revoked", serial=f"{serial:x}")
             self.guard.revoke(revoked)
+            self._seen = seen  # not before: what cannot be read now is read at the next look
         if time.time() >= self._identity.renew_at:
             self._identity = self._authority.identity(Role.COORDINATOR, _NAME, self._hosts)
 

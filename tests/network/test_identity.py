@@ -10,7 +10,7 @@ import pkgutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
+from structlog.testing import capture_logs
 
 import fedkit
 from fedkit import protos
 from fedkit.audit import verify
 from fedkit.client.settings import read
 from fedkit.enrolment import enroll
-from fedkit.errors import ConfigError, TrustError, Unreachable
+from fedkit.errors import ConfigError, StorageError, TrustError, Unreachable
 from fedkit.protos import agents_pb2, identities_pb2
 from fedkit.protos.wire import PROTOCOL, SESSION_KEY, Calls, Laden
 from fedkit.server.guard import _ROLES, caller
@@ -308,6 +309,48 @@ def test_a_revocation_ends_the_streams_that_are_open(place: Place) -> None:
         fedkit.connect(place.address, person, patience_s=1) as coordinator,
     ):
         coordinator.status()
+
+
+@pytest.mark.parametrize("error", [StorageError("the disk is gone"), RuntimeError("what should not happen")], ids=type)
+def test_a_revocation_that_cannot_be_read_at_once_is_heard_of_later(
+    place: Place, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    trust, failing = place.coordinator._trust, [error]
+    site = place.authority.identity(Role.AGENT, "lost")
+    eventually(lambda: trust._seen == trust._authority.changes(), "the authority is looked at")
+
+    def revoked(real: Callable[[], frozenset[int]] = trust._authority.revoked) -> frozenset[int]:
+        if failing:
+            raise failing.pop()
+        return real()
+
+    monkeypatch.setattr(trust._authority, "revoked", revoked)
+    with capture_logs() as events:
+        place.authority.revoke("lost")
+        eventually(lambda: site.holder.serial in trust.guard.revoked, "the revocation is heard of")
+    assert failing == []
+    said = "authority unreadable" if isinstance(error, StorageError) else "watch ended"
+    assert [event["event"] for event in events if event["log_level"] == "error"] == [said]
+
+
+def test_whoever_is_turned_away_again_and_again_is_on_record_once_a_minute(
+    place: Place, credentials: Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = next(method for method in METHODS if method.name == "Describe")
+    guard = place.coordinator._trust.guard
+    guard._noted.clear()
+
+    def noted() -> list[tuple[str, str]]:
+        with capture_logs() as events, dialled(place.address, place.authority.pem, revoked) as channel:
+            for _ in range(3):
+                assert code_of(channel, method) is Code.UNAUTHENTICATED
+        return [(event["name"], event["why"]) for event in events if event["event"] == "turned away"]
+
+    revoked = credentials.revoked[Role.AGENT]
+    assert noted() == [("mallory", "revoked")]
+    assert noted() == []
+    monkeypatch.setattr("fedkit.server.guard._NOTED_S", 0.0)
+    assert noted() == [("mallory", "revoked")] * 3
 
 
 def end_of(stream: Any) -> str:
