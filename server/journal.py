@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from fedkit import spool as spools
+from fedkit.errors import StorageError
 from fedkit.history import History
 from fedkit.packing import parts, unpack
 from fedkit.rounds.journal import BestRound, Commit, Entry, OpenRound, RoundRecord, Started
@@ -30,6 +33,8 @@ from fedkit.work import Answer
 
 __all__ = ["SqliteJournal"]
 
+log = structlog.get_logger("fedkit.server")
+
 
 class SqliteJournal:
     """Implements `fedkit.rounds.journal.Journal` for the run of that name; raises `NoSuchRun`.
@@ -40,8 +45,8 @@ class SqliteJournal:
     its name and read again by `reopen`, which gets the names and lengths (in elements) of the extras behind the model;
     `remove` is given each file that is not needed any more (None: it is unlinked).
     Models and strategy states of at most `inline_bytes` lie in the database. Each commit that stands goes into `lines`
-    too, which has all of them once `catch_up` was called. Raises `StorageError` where the disk does
-    not do its part; what was to be written is then not there at all.
+    too, as soon as the disk takes it: one that fails is logged and written with a later one, or by `catch_up`. Raises
+    `StorageError` where the disk does not do its part; what was to be written is then not there at all.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class SqliteJournal:
         self._history = self._records("committed")
         self._attempts = self._records("abandoned")
         self._lines = lines
+        self._unwritten: list[dict[str, Any]] = []
         self._read_open()
         self._answers = Answers(database, self._position, spool, remove)
 
@@ -236,12 +242,23 @@ class SqliteJournal:
             self._stands(commit)
             self._models.sweep_files()
         self._answers.forget(files)
-        if self._lines is not None:
-            settled = list(commit.accepted), list(commit.dropped)
-            self._lines.append(_line(record_to_json(commit.record), commit.model.digest, settled))
+        self._write_line(commit)
+
+    def _write_line(self, commit: Commit) -> None:
+        """Where the disk fails now, the round stands all the same: its line is written with the next one."""
+        if self._lines is None:
+            return
+        settled = list(commit.accepted), list(commit.dropped)
+        self._unwritten.append(_line(record_to_json(commit.record), commit.model.digest, settled))
+        try:
+            while self._unwritten:
+                self._lines.append(self._unwritten[0])
+                del self._unwritten[0]
+        except StorageError as error:
+            log.error("history lags behind", run=self._run, round=commit.round, why=str(error))
 
     def catch_up(self) -> None:
-        """Writes lines of history that a crash has kept from being written."""
+        """Writes lines of history that a crash or a full disk has kept from being written; raises `StorageError`."""
         if self._lines is None:
             return
         sql = "SELECT record, model FROM rounds WHERE run = ? AND state = 'committed' ORDER BY position"
@@ -250,6 +267,7 @@ class SqliteJournal:
         if row is not None:
             lines[-1] |= {"accepted": json.loads(row[0]), "dropped": json.loads(row[1])}
         self._lines.catch_up(lines)
+        self._unwritten.clear()
 
     def _put_state(self, pieces: Sequence[bytes | memoryview]) -> tuple[bytes | None, str | None]:
         """The strategy's state as it goes into the row: itself, or the digest of its file."""

@@ -28,9 +28,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 import fedkit
 from fedkit.errors import ConfigError, NameTaken, NoSuchRun, Reason, StateError, StorageError
+from fedkit.history import History, read
 from fedkit.packing import pack
 from fedkit.queries import Histogram, LabelCounts, Moments
 from fedkit.rounds.assignment import Assignment, Clip, Private
@@ -851,6 +853,27 @@ def test_a_run_comes_back_as_it_was_submitted_and_as_it_stands(desk: Desk) -> No
     desk.reopen()
     assert desk.database.run("lungs") == over
     assert [run.name for run in desk.database.runs()] == ["heart", "lungs"]
+
+
+def test_a_line_of_history_that_the_disk_did_not_take_is_written_with_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "history" / "heart.jsonl"
+    desk = Desk(tmp_path, lines=History(path))
+    desk.journal.catch_up()
+    first = go_on(desk.journal, model(0.0, 0.0, 0.0))
+    aside = path.rename(tmp_path / "aside")
+    path.mkdir()  # to which no line can be appended
+    with capture_logs() as events:
+        second = go_on(desk.journal, model(1.0, 0.0, 0.0), accepted=("a",))
+    assert [(event["event"], event["round"]) for event in events] == [("history lags behind", second.round)]
+    assert desk.journal.last() == second
+    path.rmdir()
+    aside.rename(path)
+    go_on(desk.journal, model(2.0, 0.0, 0.0))
+    third = go_on(desk.journal, model(3.0, 0.0, 0.0))
+    lines = list(read(path))
+    assert [line["round"] for line in lines] == list(range(first.round, third.round + 1))
+    assert lines[second.round]["accepted"] == ["a"]
+    desk.database.close()
 
 
 def test_a_run_that_is_over_stays_as_it_is(desk: Desk) -> None:
