@@ -43,14 +43,15 @@ sbom: $(VENV)-supply/ready
 	PYTHONWARNINGS=ignore $(VENV)-supply/bin/cyclonedx-py requirements locks/cpu.lock --pyproject pyproject.toml \
 		--output-reproducible --of JSON -o $(OUT)/sbom.cdx.json
 
-COMPILE := $(VENV)-supply/bin/uv pip compile pyproject.toml --constraint constraints.txt --quiet --generate-hashes \
+COMPILE := $(VENV)-supply/bin/uv pip compile --constraint constraints.txt --quiet --generate-hashes \
 	--no-header --no-emit-index-url --no-emit-find-links --no-annotate \
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28
 
 # After a change of constraints.txt; TORCH_CPU is where PyTorch's CPU builds are.
 locks: $(VENV)-supply/ready
-	$(COMPILE) --output-file locks/gpu.lock
-	UV_FIND_LINKS="$(TORCH_CPU)" $(COMPILE) --override locks/cpu-torch.txt --output-file locks/cpu.lock
+	$(COMPILE) locks/build.txt --output-file locks/build.lock
+	$(COMPILE) pyproject.toml --output-file locks/gpu.lock
+	UV_FIND_LINKS="$(TORCH_CPU)" $(COMPILE) pyproject.toml --override locks/cpu-torch.txt --output-file locks/cpu.lock
 
 protos: $(VENV)/dev
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. $(wildcard fedkit/protos/*.proto)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LOCKS = sorted((ROOT / "locks").glob("*.lock"))
+LOCKS = [ROOT / "locks" / f"{name}.lock" for name in ("cpu", "gpu")]
 SBOM = ROOT / os.environ.get("OUT", "out") / "sbom.cdx.json"
 
 
@@ -42,6 +42,14 @@ def test_a_lock_file_holds_every_dependency_in_the_tested_version_with_its_hashe
     assert all(hashes for _, hashes in found.values())
     differing = {name: version for name, (version, _) in found.items() if tested.get(name, version) != version}
     assert differing == ({"torch": f"{tested['torch']}+cpu"} if path.stem == "cpu" else {})
+
+
+def test_what_builds_the_wheel_is_locked_with_its_hashes() -> None:
+    found, tested = locked(ROOT / "locks" / "build.lock"), pinned()
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    assert {"build", *(normal(re.match(r"[\w.-]+", line)[0]) for line in wanted)} <= set(found)
+    assert all(hashes for _, hashes in found.values())
+    assert {name: version for name, (version, _) in found.items() if tested.get(name, version) != version} == {}
 
 
 def test_both_lock_files_hold_the_same_but_for_what_a_gpu_needs() -> None:
