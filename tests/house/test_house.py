@@ -212,6 +212,7 @@ def test_the_sdist_holds_what_is_needed_to_test_it(built: dict[str, Path]) -> No
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {
         "README.md",
+        "SECURITY.md",
         "LICENSE",
         "Makefile",
         "constraints.txt",
