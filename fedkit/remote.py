@@ -83,9 +83,10 @@ def connect(
 ) -> Coordinator:
     """The coordinator at `address` ("host:port"). Nothing is asked yet; use it in a `with` block, or close it.
 
-    `credentials` is an operator's identity, or the folder that `fedkit enroll` wrote, whose certificate is then renewed
-    in time; None will do on loopback only, for a coordinator without TLS. A coordinator that goes away is waited for
-    `patience_s` seconds, then `Unreachable` is raised. Raises `ConfigError` and `TrustError`.
+    `credentials` is an operator's identity, or the folder that `fedkit enroll` wrote: its certificate is renewed now
+    where two thirds of its life are over, and not while the connection is open. None will do on loopback only, for a
+    coordinator without TLS. A coordinator that goes away is waited for `patience_s` seconds, then `Unreachable` is
+    raised. Raises `ConfigError` and `TrustError`.
     """
     if patience_s < 0:
         raise ConfigError(f"patience_s must be 0 or more, got {patience_s}")
