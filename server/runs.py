@@ -119,7 +119,7 @@ class Runs:
         file = parse(RunFile, stored.file)
         strategy, task = file.build_strategy(), self._task(file)
         holds_out_valid = file.evaluate is not None or strategy.needs_valid
-        terms = Terms(stored.id, task.name, type(strategy).__name__, holds_out_valid)
+        terms = Terms(stored.id, task.name, type(strategy).__name__, holds_out_valid, file.privacy.aggregation)
         spool = self._folder / "spool" / stored.id
         transport = RunTransport(terms, self._attendance, self._database, spool, self._metrics, self._room)
         live = self._live[stored.name] = _Live(stored.name, transport, self._journal(stored, transport.spares.give))

@@ -50,7 +50,7 @@ class Terms:
     task: str
     strategy: str
     holds_out_valid: bool
-    aggregation: str = "plain"
+    aggregation: str
 
 
 class RunTransport:
