@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fedkit.config import DP
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.gate import Gate
 from fedkit.protos import agents_pb2 as pb
@@ -33,7 +34,7 @@ from fedkit.protos.convert import (
 )
 from fedkit.protos.wire import Calls, Laden, _parser, _serializer, frame, load, unframe
 from fedkit.queries import Histogram, LabelCounts, Moments
-from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.rounds.assignment import Assignment, Parcel, Private
 from fedkit.server.database import Database
 from fedkit.weights import Entry, Manifest, Weights
 from fedkit.work import Evaluate, Fit, Gradient, MetricSums, Summarize, Summary
@@ -264,6 +265,10 @@ works = st.one_of(
     st.builds(Evaluate, split=st.sampled_from(["valid", "test"]), batch_size=counts),
     st.builds(Summarize, query=queries),
 )
+shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
+norms = st.floats(0, exclude_min=True, allow_infinity=False)
+noise = st.builds(dict, epsilon=norms) | st.builds(dict, noise_multiplier=norms)
+dps = st.builds(lambda noise, delta, norm: DP(**noise, delta=delta, max_grad_norm=norm), noise, shares, norms)
 assignments = st.builds(
     Assignment,
     id=st.binary(min_size=16, max_size=16).map(bytes.hex),
@@ -273,6 +278,7 @@ assignments = st.builds(
     client=names,
     work=works,
     returns=st.sampled_from(["update", "weights", "sums"]),
+    private=st.none() | st.builds(Private, dp=dps, visits=st.integers(1, 1_000_000), questions=st.integers(0, 5)),
 )
 PARCEL = Parcel(Weights.zeros(Manifest((Entry("w", (2,)),))), {"control": np.ones(3, np.float32)})
 
