@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import math
 import random
@@ -32,6 +33,7 @@ from fedkit.protos.channels import aio_channel, require_reachable
 from fedkit.protos.failures import meant
 from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, Calls
 from fedkit.rounds.assignment import Assignment
+from fedkit.rounds.seat import Masks
 from fedkit.trust.diagnosis import diagnose
 from fedkit.trust.identity import Identity
 from fedkit.weights import Manifest
@@ -297,9 +299,13 @@ class Agent:
         message = errand.message
         assignment = convert.assignment_from_proto(message, self._settings.name)
         await self._permits.admit(message, assignment)
+        if assignment.returns == "reply":
+            await self._reply(assignment)
+            return
+        masks, seat = await self._masks(message, assignment)
         async with self._trainers.place() as perform:
             fetched = await self._fetch(errand) if message.model_bytes else None
-            job, report = self._job(message, fetched), functools.partial(self._report, message.id)
+            job, report = self._job(message, fetched, masks), functools.partial(self._report, message.id)
             performing = perform(job, report, functools.partial(self._reserve, assignment, message.task))
             outcome = await self._permits.during(performing)
         is_private = assignment.private is not None
@@ -315,7 +321,7 @@ class Agent:
         if is_private and "manifest" in facts:
             facts |= {"loss": None, "epsilon": self._permits.cost(assignment, message.task)}
         stored = Stored(**(facts | {"id": message.id, "run": message.run}))
-        self._outbox.put(stored, has_state=outcome["has_state"], durable=is_private)
+        self._outbox.put(stored, has_state=outcome["has_state"], durable=is_private, seat=seat)
         if is_private:
             counts = (outcome.get("clipped", 0), outcome.get("gradients", 0))
             self._permits.ledger.close_reservation(message.id, *counts, is_stored=True)
@@ -334,7 +340,27 @@ class Agent:
             return {"refused": Reason.FAILED.value, "detail": type(error).__name__}
         return {}
 
-    def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None) -> Job:
+    async def _reply(self, assignment: Assignment) -> None:
+        """One step of a masked sum in which nothing is worked out: its answer is stored with what it leaves."""
+        seat, masking = self._permits.seat(), assignment.masking
+        assert masking is not None  # it is asked for a reply
+        reply, left = await asyncio.to_thread(seat.reply, assignment, self._outbox.seat(masking.call))
+        text = base64.b64encode(reply.message).decode()
+        stored = Stored(assignment.id, assignment.run, 0, sums=[text], kind="reply")
+        self._outbox.put(stored, has_state=False, seat=(masking.call, left))
+
+    async def _masks(
+        self, message: pb.Assignment, assignment: Assignment
+    ) -> tuple[Masks | None, tuple[str, bytes] | None]:
+        """The masks that go on the answer, and what they leave; neither where it is not for a masked sum."""
+        masking = assignment.masking
+        if masking is None:
+            return None, None
+        about = (assignment, message.model_digest, self._outbox.seat(masking.call))
+        masks, left = await asyncio.to_thread(self._permits.seat().masks, *about)
+        return masks, (masking.call, left)
+
+    def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None, masks: Masks | None) -> Job:
         return Job(
             id=message.id,
             assignment=message.SerializeToString(),
@@ -343,6 +369,7 @@ class Agent:
             out=self._outbox.path(message.id),
             spare=self._outbox.spare,
             out_state=self._outbox.state_path(message.id),
+            masks=masks,
         )
 
     def _log_failure(self, message: pb.Assignment, outcome: dict[str, Any]) -> None:

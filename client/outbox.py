@@ -7,6 +7,7 @@ stored; a result without state may be lost with the machine's power, and is then
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -21,7 +22,7 @@ import numpy as np
 from fedkit.codec import CHUNK_BYTES
 from fedkit.errors import ConfigError, StorageError
 from fedkit.spool import payload_digest
-from fedkit.work import MetricSums, Summary
+from fedkit.work import MetricSums, Reply, Summary
 
 __all__ = ["Outbox", "Stored"]
 
@@ -37,6 +38,8 @@ CREATE TABLE IF NOT EXISTS results (
 );
 CREATE TABLE IF NOT EXISTS settled (id TEXT PRIMARY KEY, accepted INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS states (run TEXT PRIMARY KEY, file TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS seats (call TEXT PRIMARY KEY, kept BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS calls (id TEXT PRIMARY KEY, call TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -53,12 +56,14 @@ class Stored:
     digest: str = ""
     extras: dict[str, int] = field(default_factory=dict)
     sums: list[Any] | None = None
-    kind: str = ""  # of the sums: "metrics", "integers" or "reals"
+    kind: str = ""  # of the sums: "metrics", "integers", "reals", or "reply" (of base64)
     epsilon: float | None = None  # what the run had cost this client by then, where the work was private
     released: bool = True  # metrics: whether they may be shown apart from the sum over clients
 
-    def answer(self) -> MetricSums | Summary:
+    def answer(self) -> MetricSums | Summary | Reply:
         """The sums as the library's value."""
+        if self.kind == "reply":
+            return Reply(base64.b64decode("".join(self.sums or [])))
         if self.kind == "integers":
             return Summary(np.array(self.sums, dtype=np.int64), self.examples)
         vector = np.array(self.sums, dtype=np.float64)
@@ -134,21 +139,35 @@ class Outbox:
             return self.state_path(row[0])
         return self._standing(run)
 
-    def put(self, stored: Stored, *, has_state: bool, durable: bool = False) -> None:
+    def seat(self, call: str) -> bytes | None:
+        """What this site keeps of a masked sum; None where it is over, or never began."""
+        row = self._db.execute("SELECT kept FROM seats WHERE call = ?", (call,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def put(
+        self, stored: Stored, *, has_state: bool, durable: bool = False, seat: tuple[str, bytes] | None = None
+    ) -> None:
         """Stores a result whose files are in place, with the state it leaves.
 
         A `durable` one outlives a power loss as one with state does: what cost privacy must not be worked out again.
+        `seat` is what it leaves of a masked sum (its call, secrets), which is durable with it, and gone when the round
+        is over.
         """
+        durable = durable or seat is not None
         if has_state:
             _flush(self.path(stored.id), self.state_path(stored.id), self.folder)
         elif durable:
             _flush(self.path(stored.id), self.folder)
         self._db.execute(f"PRAGMA synchronous={'FULL' if has_state or durable else 'NORMAL'}")
         facts = json.dumps({name: getattr(stored, name) for name in Stored.__slots__})
-        self._db.execute(
-            "INSERT OR REPLACE INTO results (id, run, facts, has_state) VALUES (?, ?, ?, ?)",
-            (stored.id, stored.run, facts, has_state),
-        )
+        with _transaction(self._db):
+            self._db.execute(
+                "INSERT OR REPLACE INTO results (id, run, facts, has_state) VALUES (?, ?, ?, ?)",
+                (stored.id, stored.run, facts, has_state),
+            )
+            if seat is not None:
+                self._db.execute("INSERT OR REPLACE INTO seats VALUES (?, ?)", seat)
+                self._db.execute("INSERT OR REPLACE INTO calls VALUES (?, ?)", (stored.id, seat[0]))
         self._verified.add(stored.id)
 
     def settle(self, accepted: Iterable[str], dropped: Iterable[str]) -> None:
@@ -167,12 +186,21 @@ class Outbox:
                 self._db.execute("INSERT OR REPLACE INTO states (run, file) VALUES (?, ?)", (run, file))
             self._db.executemany("INSERT OR IGNORE INTO settled VALUES (?, ?)", [(key, key in stands) for key in gone])
             self._db.executemany("DELETE FROM results WHERE id = ?", [(key,) for key in gone])
+            self._leave(gone)
         self._verified -= gone
         for key in gone.intersection(key for key, _, _ in rows):
             self._spare(self.path(key))
             stale += [] if key in kept.values() else [self.state_path(key)]
         for path in stale:
             path.unlink(missing_ok=True)
+
+    def _leave(self, gone: set[str]) -> None:
+        """Forgets all secrets of the masked sums to which these results belong."""
+        if self._db.execute("SELECT 1 FROM calls LIMIT 1").fetchone() is None:
+            return
+        over = "call IN (SELECT call FROM calls WHERE id = ?)"
+        self._db.executemany(f"DELETE FROM seats WHERE {over}", [(key,) for key in gone])  # noqa: S608
+        self._db.executemany("DELETE FROM calls WHERE id = ?", [(key,) for key in gone])
 
     def _spare(self, path: Path) -> None:
         """Keeps one payload file to be written over: giving its memory back and taking fresh one costs more."""

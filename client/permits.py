@@ -21,10 +21,11 @@ from fedkit.privacy.plan import planned
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.convert import vouchers_from_proto
 from fedkit.rounds.assignment import Assignment
+from fedkit.rounds.seat import Seat
 from fedkit.source import source_of
 from fedkit.task import Task
 from fedkit.trust.vouchers import vouched
-from fedkit.work import Evaluate, Steps, Work
+from fedkit.work import Evaluate, Steps, Work, counts_rows
 
 __all__ = ["Permits", "objections_to_code"]
 
@@ -60,6 +61,8 @@ class Permits:
         """Raises `Refused` unless the policy allows the assignment, now too, which then counts as asked."""
         self._require(message, assignment)
         await self._require_moment(at_work=False)
+        if assignment.returns == "reply" or counts_rows(assignment.work):
+            return  # what this is for counts, or nothing does
         question = blake3(message.summarize.SerializeToString(deterministic=True)).hexdigest()
         at = (assignment.id, assignment.run, assignment.round)
         kind, data = kind_of(assignment.work, assignment.returns), self.policy.data_of(message.task)
@@ -69,9 +72,7 @@ class Permits:
     def _require(self, message: pb.Assignment, assignment: Assignment) -> None:
         self._roster.require(message.roster_version, message.roster_digest)
         policy, task = self.policy, message.task
-        aggregation = message.aggregation or "plain"
-        if aggregation != "plain":  # to add up in another way takes this side too: the coordinator's word is not enough
-            raise Refused(Reason.POLICY, f"aggregation: this agent can answer in plain only, not {aggregation:.20}")
+        aggregation = self._aggregation(message, assignment)
         wish = Wish(
             task=task,
             strategy=message.strategy,
@@ -89,6 +90,24 @@ class Permits:
             ]
         )
         self._require_budget(message, assignment)
+
+    def _aggregation(self, message: pb.Assignment, assignment: Assignment) -> str:
+        """How the answer is really added up: to do it in secret takes this side, not a coordinator's word."""
+        said, found = message.aggregation or "plain", "plain" if assignment.masking is None else "masked"
+        if said != found:
+            raise Refused(Reason.POLICY, f"aggregation: the run is said to be {said:.20}, and this answer is {found}")
+        if assignment.masking is not None:
+            self.seat()
+        return found
+
+    def seat(self) -> Seat:
+        """This site's seat in masked sums; raises `Refused` where it cannot have one."""
+        found = self._roster.seat(self.policy.min_cohort)
+        if found is None:
+            raise Refused(
+                Reason.MASKING, "masked sums are over members of this site's roster: give --roster, --identity"
+            )
+        return found
 
     def _cohort(self, message: pb.Assignment) -> int | None:
         """The members asked together, this site among them, by what its own roster says of their vouchers."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedkit.errors import Reason, Refused
+from fedkit.rounds.seat import Seat
 from fedkit.trust.roster import Chain, Version
 from fedkit.trust.signing import public_of
 from fedkit.trust.vouchers import LIFETIME_S, Voucher
@@ -54,6 +55,13 @@ class KnownRoster:
         longer.save(self._path)  # first: what counts here counts after a restart too
         self._chain = longer
         return found
+
+    def seat(self, least: int) -> Seat | None:
+        """This site's seat in masked sums over at least so many; None where it is no member, or has no key here."""
+        known = self.version
+        if known is None or self._key is None or known.members.get(self.name) != public_of(self._key):
+            return None
+        return Seat(self.name, self._key, lambda: known.members, least)
 
     def voucher(self, *, fresh: bool = False) -> Voucher | None:
         """This site's word that it attends, where it is a member; None while half the last one's time is left.

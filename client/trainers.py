@@ -18,6 +18,7 @@ import structlog
 
 from fedkit.client.nursery import Nursery
 from fedkit.errors import Reason, Refused
+from fedkit.rounds.seat import Masks
 from fedkit.weights import Manifest
 
 __all__ = ["Job", "Trainers"]
@@ -43,12 +44,15 @@ class Job:
     out: Path
     spare: Path  # may be there, and may be made into `out`
     out_state: Path
+    masks: Masks | None = None  # that go on the answer
 
     def message(self, known: set[str]) -> dict[str, Any]:
         """The job as a worker reads it that has seen the manifests with the digests `known`; adds its own to them."""
         found: dict[str, Any] = {"id": self.id, "assignment": base64.b64encode(self.assignment).decode()}
         found |= {"state": None if self.state is None else str(self.state), "model": None}
         found |= {"out": str(self.out), "spare": str(self.spare), "out_state": str(self.out_state)}
+        if self.masks is not None:
+            found["masks"] = [[base64.b64encode(key).decode() for key in keys] for keys in self.masks.keys]
         if self.model is not None:
             path, manifest = self.model
             found |= {"model": str(path), "manifest_digest": manifest.digest}

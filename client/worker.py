@@ -36,6 +36,7 @@ from fedkit.process import tune_malloc
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert
 from fedkit.rounds.assignment import Assignment, Parcel, Private
+from fedkit.rounds.seat import Masks
 from fedkit.spool import payload_digest
 from fedkit.task import Task
 from fedkit.trainer.trainer import ClientState, Trainer
@@ -150,10 +151,11 @@ class _Worker:
             plan = self._reserve(trainer, assignment, private)
         noisy: dict[str, Any] = {} if plan is None else {"private": plan.training, "question": plan.cost}
         answer, after = trainer.perform(assignment, parcel, state, **noisy)
-        answer = _allowed(policy, trainer, assignment, parcel, answer)
+        answer = _hidden(job, assignment, _allowed(policy, trainer, assignment, parcel, answer))
         with contextlib.suppress(FileNotFoundError):
             os.replace(job["spare"], job["out"])
-        facts = _written(assignment, answer, parcel.model.manifest, Path(job["out"]))
+        manifest = assignment.answer_manifest(parcel.model.manifest)
+        facts = _written(assignment, answer, manifest, Path(job["out"]))
         if plan is not None and plan.training is not None:
             facts |= {"clipped": trainer.done.clipped, "gradients": trainer.done.sampled}
         return facts | {"has_state": _keep_state(state, after, Path(job["out_state"]))}
@@ -208,6 +210,14 @@ class _Worker:
         if now - self._told >= _PROGRESS_S:
             self._told = now
             write_message(self._sock, {"id": self._current, "done": done, "total": total})
+
+
+def _hidden(job: Mapping[str, Any], assignment: Assignment, answer: Answer) -> Answer:
+    """The answer under the masks that the agent has made for it, where it is for a masked sum."""
+    if assignment.masking is None:
+        return answer
+    plus, minus = (tuple(map(base64.b64decode, keys)) for keys in job["masks"])
+    return Masks(plus, minus).hide(assignment.masking.layout, answer)
 
 
 def _allowed(policy: Policy, trainer: Trainer, assignment: Assignment, parcel: Parcel, answer: Answer) -> Answer:

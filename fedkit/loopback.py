@@ -27,8 +27,8 @@ class Loopback:
     """One federation under `folder`: the state of each process, and its log under `logs/`.
 
     `tasks` are registered names or `module:attr`. With `tls` there is an authority, everybody enrols, and everything
-    is mutual TLS. Options are added to the command lines as they are at each start. Use as a context manager:
-    everything is stopped at its end.
+    is mutual TLS; with `roster`, the clients are members of one besides. Options are added to the command lines as they
+    are at each start. Use as a context manager: everything is stopped at its end.
     """
 
     def __init__(
@@ -43,13 +43,15 @@ class Loopback:
         strategies: Sequence[str] = (),
         environment: dict[str, str] | None = None,
         tls: bool = False,
+        roster: bool = False,
         server_options: Sequence[str] = (),
         client_options: Sequence[str] = (),
     ) -> None:
         self.folder = folder
         self.clients = tuple(clients)
         self.port = port
-        self.tls = tls
+        self.tls = tls or roster
+        self.roster = folder / "roster.json" if roster else None
         self.server_options = list(server_options)
         self.client_options = list(client_options)
         self.authority = folder / "authority"
@@ -93,6 +95,19 @@ class Loopback:
         from fedkit.trust.authority import found
 
         found(self.authority, "loopback", self.clients, self.identity)
+        if self.roster is not None:
+            self._make_roster(self.roster)
+
+    def _make_roster(self, path: Path) -> None:
+        """What the members do by hand elsewhere: each makes a key, and all sign the list of them."""
+        from fedkit.trust.roster import Chain
+        from fedkit.trust.signing import make_signing_key, public_of
+
+        keys = {name: make_signing_key(self.identity(name)) for name in self.clients}
+        chain = Chain.begin("loopback", {name: public_of(key) for name, key in keys.items()})
+        for name, key in keys.items():
+            chain = chain.sign(name, key)
+        chain.save(path)
 
     # -- beginning -----------------------------------------------------------------------------------------------------
 
@@ -103,6 +118,8 @@ class Loopback:
         listen = ["--listen", self.address, "--state", str(self.folder / "server")]
         if self.tls:
             listen += ["--authority", str(self.authority)]
+        if self.roster is not None:
+            listen += ["--roster", str(self.roster)]
         self._start("server", "server", *listen, *self._times, *self._imported, *self._strategies, *self.server_options)
 
     def start_client(self, name: str) -> None:
@@ -110,6 +127,8 @@ class Loopback:
         given = ["--name", name, "--coordinator", self.address, "--state", str(self.folder / "clients")]
         if self.tls:
             given += ["--identity", str(self.identity(name))]
+        if self.roster is not None:
+            given += ["--roster", str(self.roster)]
         self._start(name, "client", *given, "--threads", "1", *self._tasks, *self.client_options)
 
     def _start(self, name: str, command: str, *arguments: str) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 from fedkit.config import Fraction, Name, PositiveFloat, PositiveInt, Settings, parse
 from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.rounds.assignment import Returns
-from fedkit.work import Evaluate, Fit, Gradient, Work
+from fedkit.work import Evaluate, Fit, Gradient, Work, counts_rows
 
 __all__ = ["AGGREGATIONS", "BudgetRule", "Kind", "Objection", "Policy", "TaskRule", "Wish", "kind_of", "read", "refuse"]
 
@@ -167,6 +167,8 @@ class Policy(Settings):
         budget = self.budgets.get(data)
         if budget is None:
             return
+        if counts_rows(wish.work):
+            return  # as every mean tells, and no budget covers
         if wish.kind != "evaluate":
             yield Objection("privacy", "none", f"differential privacy, as {data} has a budget")
         elif not budget.evaluate:

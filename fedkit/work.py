@@ -16,7 +16,7 @@ from pydantic import Field
 
 from fedkit.config import PositiveFloat, PositiveInt, Settings
 from fedkit.gate import Gate
-from fedkit.queries import Query
+from fedkit.queries import Query, RowCount
 from fedkit.weights import Vector, Weights
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Summary",
     "Update",
     "Work",
+    "counts_rows",
 ]
 
 BatchSize: TypeAlias = PositiveInt | Literal["all"]
@@ -105,6 +106,11 @@ class Summarize(Settings):
 
 
 Work: TypeAlias = Fit | Gradient | Evaluate | Summarize
+
+
+def counts_rows(work: Work) -> bool:
+    """Whether only the number of rows is asked, which every mean over clients tells anyway."""
+    return isinstance(work, Summarize) and isinstance(work.query, RowCount)
 
 
 @dataclass(frozen=True, slots=True)

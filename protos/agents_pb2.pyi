@@ -14,10 +14,14 @@ class Returns(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     UPDATE: _ClassVar[Returns]
     WEIGHTS: _ClassVar[Returns]
     SUMS: _ClassVar[Returns]
+    WORDS: _ClassVar[Returns]
+    REPLY: _ClassVar[Returns]
 RETURNS_UNSPECIFIED: Returns
 UPDATE: Returns
 WEIGHTS: Returns
 SUMS: Returns
+WORDS: Returns
+REPLY: Returns
 
 class DescribeRequest(_message.Message):
     __slots__ = ("run",)
@@ -108,18 +112,20 @@ class Progress(_message.Message):
     def __init__(self, assignment_id: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
 
 class Sums(_message.Message):
-    __slots__ = ("assignment_id", "reals", "integers", "examples", "released")
+    __slots__ = ("assignment_id", "reals", "integers", "reply", "examples", "released")
     ASSIGNMENT_ID_FIELD_NUMBER: _ClassVar[int]
     REALS_FIELD_NUMBER: _ClassVar[int]
     INTEGERS_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
     assignment_id: str
     reals: Reals
     integers: Integers
+    reply: bytes
     examples: int
     released: bool
-    def __init__(self, assignment_id: _Optional[str] = ..., reals: _Optional[_Union[Reals, _Mapping]] = ..., integers: _Optional[_Union[Integers, _Mapping]] = ..., examples: _Optional[int] = ..., released: _Optional[bool] = ...) -> None: ...
+    def __init__(self, assignment_id: _Optional[str] = ..., reals: _Optional[_Union[Reals, _Mapping]] = ..., integers: _Optional[_Union[Integers, _Mapping]] = ..., reply: _Optional[bytes] = ..., examples: _Optional[int] = ..., released: _Optional[bool] = ...) -> None: ...
 
 class Reals(_message.Message):
     __slots__ = ("values",)
@@ -180,7 +186,7 @@ class Welcome(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., heartbeat_s: _Optional[float] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., roster: _Optional[str] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "manifest_digest", "extras", "settlement", "manifest", "roster_version", "roster_digest", "aggregation", "cohort", "private", "clip", "fit", "gradient", "evaluate", "summarize")
+    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "manifest_digest", "extras", "settlement", "manifest", "roster_version", "roster_digest", "aggregation", "cohort", "private", "clip", "masking", "fit", "gradient", "evaluate", "summarize")
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +207,7 @@ class Assignment(_message.Message):
     COHORT_FIELD_NUMBER: _ClassVar[int]
     PRIVATE_FIELD_NUMBER: _ClassVar[int]
     CLIP_FIELD_NUMBER: _ClassVar[int]
+    MASKING_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
@@ -225,11 +232,12 @@ class Assignment(_message.Message):
     cohort: _containers.RepeatedCompositeFieldContainer[Voucher]
     private: Private
     clip: Clip
+    masking: Masking
     fit: Fit
     gradient: Gradient
     evaluate: Evaluate
     summarize: Summarize
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., private: _Optional[_Union[Private, _Mapping]] = ..., clip: _Optional[_Union[Clip, _Mapping]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., private: _Optional[_Union[Private, _Mapping]] = ..., clip: _Optional[_Union[Clip, _Mapping]] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
 
 class Private(_message.Message):
     __slots__ = ("epsilon", "noise_multiplier", "delta", "max_grad_norm", "visits", "questions")
@@ -254,6 +262,18 @@ class Clip(_message.Message):
     norm: float
     tells: bool
     def __init__(self, norm: _Optional[float] = ..., tells: _Optional[bool] = ...) -> None: ...
+
+class Masking(_message.Message):
+    __slots__ = ("call", "step", "layout", "message")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    call: str
+    step: str
+    layout: str
+    message: bytes
+    def __init__(self, call: _Optional[str] = ..., step: _Optional[str] = ..., layout: _Optional[str] = ..., message: _Optional[bytes] = ...) -> None: ...
 
 class Fit(_message.Message):
     __slots__ = ("epochs", "steps", "batch_size", "lr", "proximal", "control_variates", "mixed_precision", "gate")

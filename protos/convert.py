@@ -17,10 +17,11 @@ from fedkit.errors import ConfigError, PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.queries import Histogram, LabelCounts, Moments, Query, RowCount
-from fedkit.rounds.assignment import Assignment, Clip, Parcel, Private, Returns
+from fedkit.rounds.assignment import Assignment, Clip, Masking, MaskStep, Parcel, Private, Returns
+from fedkit.rounds.layout import Layout
 from fedkit.trust.vouchers import Voucher
 from fedkit.weights import Manifest
-from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Summarize, Summary, Work
+from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Reply, Summarize, Summary, Work
 
 __all__ = [
     "assignment_from_proto",
@@ -46,9 +47,11 @@ _MAX_EXTRAS = 16
 _MOST_VISITS = 1_000_000
 _MOST_QUESTIONS = 5  # each has a sixth of epsilon
 _COUNTS = ("visits", "questions")
+_REPLIES: tuple[MaskStep, ...] = ("advertise", "share", "confirm", "unmask")
 _DP_FIELDS = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
 
 _RETURNS: dict[Returns, Any] = {"update": pb.UPDATE, "weights": pb.WEIGHTS, "sums": pb.SUMS}
+_RETURNS |= {"words": pb.WORDS, "reply": pb.REPLY}
 _FROM_CLIENTS = frozenset(
     {
         Reason.FAILED,
@@ -113,6 +116,11 @@ def assignment_to_proto(
         message.private.CopyFrom(pb.Private(**counts, **{name: getattr(dp, name) for name in _DP_FIELDS}))
     if assignment.clip is not None:
         message.clip.CopyFrom(pb.Clip(norm=assignment.clip.norm, tells=assignment.clip.tells))
+    if assignment.masking is not None:
+        masking = assignment.masking
+        layout = masking.layout.to_json()
+        asked = pb.Masking(call=masking.call, step=masking.step, layout=layout, message=masking.message)
+        message.masking.CopyFrom(asked)
     return message
 
 
@@ -157,11 +165,24 @@ def assignment_from_proto(message: pb.Assignment, client: str) -> Assignment:
         raise PayloadError(f"assignment {message.id} belongs to a run that no coordinator would name so")
     require_name(message.task, "a task's name")
     try:
-        work, private, clip = _work(message), _private(message), _clip(message)
+        work, private, clip, masking = _work(message), _private(message), _clip(message), _masking(message)
     except ConfigError as error:
         raise PayloadError(f"assignment {message.id}: {error}") from None
     about = (message.id, message.run, message.seed, message.round, client, work, returns)
-    return Assignment(*about, private=private, clip=clip)
+    return Assignment(*about, private=private, clip=clip, masking=masking)
+
+
+def _masking(message: pb.Assignment) -> Masking | None:
+    if message.HasField("masking") != (message.returns in (pb.WORDS, pb.REPLY)):
+        raise PayloadError(f"assignment {message.id}: words and replies belong to masked sums")
+    if not message.HasField("masking"):
+        return None
+    found = message.masking
+    steps: tuple[MaskStep, ...] = ("vector",) if message.returns == pb.WORDS else _REPLIES
+    step = next((one for one in steps if one == found.step), None)
+    if step is None or not _ID.fullmatch(found.call):
+        raise PayloadError(f"assignment {message.id}: there is no such step of a masked sum")
+    return Masking(found.call, step, Layout.from_json(found.layout), found.message)
 
 
 def _clip(message: pb.Assignment) -> Clip | None:
@@ -286,10 +307,12 @@ def extras_from_proto(extras: Any, model_size: int) -> dict[str, int]:
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-def sums_to_proto(assignment_id: str, answer: MetricSums | Summary) -> pb.Sums:
-    """An answer that is sums, inline."""
+def sums_to_proto(assignment_id: str, answer: MetricSums | Summary | Reply) -> pb.Sums:
+    """An answer that is sums, or says something, inline."""
     message = pb.Sums(assignment_id=assignment_id, examples=answer.examples)
-    if answer.vector.dtype == np.int64:
+    if isinstance(answer, Reply):
+        message.reply = answer.message
+    elif answer.vector.dtype == np.int64:
         message.integers.values.extend(answer.vector.tolist())
         message.integers.SetInParent()
     else:
@@ -299,9 +322,13 @@ def sums_to_proto(assignment_id: str, answer: MetricSums | Summary) -> pb.Sums:
     return message
 
 
-def sums_from_proto(message: pb.Sums, work: Work) -> Answer:
-    """The sums that `work` asked for; raises `Refused` for another kind."""
+def sums_from_proto(message: pb.Sums, work: Work, returns: Returns = "sums") -> Answer:
+    """The sums that `work` asked for, or the reply; raises `Refused` for another kind."""
     kind = message.WhichOneof("vector")
+    if (kind == "reply") != (returns == "reply") or returns == "words":
+        raise Refused(Reason.SHAPE, "the answer is not what was asked for")
+    if kind == "reply":
+        return Reply(message.reply)
     if kind is None or (isinstance(work, Evaluate) and kind != "reals") or isinstance(work, Fit | Gradient):
         raise Refused(Reason.SHAPE, "the answer is not what was asked for")
     values = message.reals.values if kind == "reals" else message.integers.values

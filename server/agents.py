@@ -220,8 +220,10 @@ class AgentService:
 
     def _summed(self, session: Session, sums: pb.Sums) -> None:
         def answer(errand: Errand) -> Any:
-            require_examples(int(sums.examples), session.max_examples)
-            return convert.sums_from_proto(sums, errand.assignment.work)
+            returns = errand.assignment.returns
+            if returns != "reply":
+                require_examples(int(sums.examples), session.max_examples)
+            return convert.sums_from_proto(sums, errand.assignment.work, returns)
 
         self._settle(session, sums.assignment_id, answer)
 

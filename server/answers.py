@@ -12,7 +12,7 @@ from fedkit.packing import pack, unpack
 from fedkit.server.database import Database
 from fedkit.spool import Payload, Spooled
 from fedkit.weights import Vector, Weights
-from fedkit.work import Answer, MetricSums, Summary, Update
+from fedkit.work import Answer, MetricSums, Reply, Summary, Update
 
 __all__ = ["Answers", "Reopen"]
 
@@ -94,6 +94,8 @@ class Answers:
         return path.name if path is not None and path.parent.resolve() == self._spool else None
 
     def _to_row(self, answer: Answer) -> tuple[str | None, bytes]:
+        if isinstance(answer, Reply):
+            return None, pack(("Reply", answer.message.hex()))
         if not isinstance(answer, Update):
             return None, pack((type(answer).__name__, *(getattr(answer, name) for name in type(answer).__slots__)))
         file, facts, payload = self._file(answer), (answer.examples, answer.loss, answer.epsilon), _payload(answer)
@@ -105,6 +107,8 @@ class Answers:
     def _from_row(self, file: str | None, content: bytes, reopen: Reopen) -> Answer | None:
         if file is None:
             kind, *fields = unpack(content)
+            if kind == "Reply":
+                return Reply(bytes.fromhex(fields[0]))
             return Update(*fields) if kind == "Update" else _KINDS[kind](*fields)
         manifest, sizes, examples, loss, epsilon = unpack(content)
         found = None if self._spool is None else reopen(self._spool / file, sizes)

@@ -122,7 +122,8 @@ class Sum:
         try:
             _ = cohort.plan
         except ConfigError as error:
-            raise BelowThreshold(f"{len(cohort.names)} members sent keys: {error}") from None
+            why = "too few for any sum" if len(cohort.names) < 2 else str(error)
+            raise BelowThreshold(f"{len(cohort.names)} members sent keys: {why}") from None
         self._cohort, self.step = cohort, Step.SHARES
         return cohort
 

@@ -23,7 +23,7 @@ from fedkit.crypto.messages import to_mapping
 from fedkit.crypto.ring import Words
 from fedkit.errors import BelowThreshold, ConfigError, Reason, Refused, RoundAbandoned, RunError, SumSpoiled
 from fedkit.gate import BEFORE, Gate, Verdict
-from fedkit.queries import Query, RowCount
+from fedkit.queries import Query
 from fedkit.rounds.assignment import Assignment, Clip, Masking, Parcel, Private, Returns, Transport, question_digest
 from fedkit.rounds.call import GroupCall, Refusal, State
 from fedkit.rounds.checks import inspect
@@ -36,7 +36,7 @@ from fedkit.rounds.open import Progress
 from fedkit.rounds.shield import EVERY_CLIENT, Shield
 from fedkit.strategy import Arrival, Handed, Send
 from fedkit.weights import Manifest, Vector, Weights
-from fedkit.work import Answer, Evaluate, Fit, Gradient, Summarize, Update, Work
+from fedkit.work import Answer, Evaluate, Fit, Gradient, Summarize, Update, Work, counts_rows
 
 __all__ = ["JournaledFederation", "RunIdentity"]
 
@@ -77,7 +77,7 @@ class _Question:
         self.clip = clip
         self.masking = masking or {}
         self._identity, self._round = identity, now.opened.round
-        is_plain = isinstance(work, Evaluate) or returns == "reply" or _counts_rows(work)
+        is_plain = isinstance(work, Evaluate) or returns == "reply" or counts_rows(work)
         self.private = None if is_plain else identity.private
         at = (now.opened.round, now.opened.attempt)
         digest = question_digest(identity.name, *at, work, returns, parcel, self.private, clip, _all(self.masking))
@@ -247,7 +247,10 @@ class JournaledFederation:
         async def aside(work: Callable[[], Any]) -> Any:
             return await self.transport.aside("fold", work)
 
-        return await MaskedSum(masked, ask, aside, self.now.refusals.append).opened(base.cohort, layout, rule)
+        try:
+            return await MaskedSum(masked, ask, aside, self.now.refusals.append).opened(base.cohort, layout, rule)
+        except BelowThreshold as error:
+            raise BelowThreshold(f"round {self.round}: {error}. {_reasons(self.now.refusals)}".strip()) from None
 
     async def _hidden_sums(
         self, cohort: Collection[str], parcel: Parcel, work: Evaluate | Summarize, layout: Layout, rule: Participation
@@ -579,10 +582,6 @@ def _ignored(_: str) -> None:
     """Single updates are given as they come; who brings none is in the call's refusals."""
 
 
-def _counts_rows(work: Work) -> bool:
-    return isinstance(work, Summarize) and isinstance(work.query, RowCount)
-
-
 def _all(masking: Mapping[str, Masking]) -> Masking | None:
     """One step with the messages to all."""
     first = next(iter(masking.values()), None)
@@ -594,9 +593,13 @@ def _vectors(send: Send | None) -> dict[str, Vector]:
     return {name: np.ascontiguousarray(vector, dtype=np.float32).reshape(-1) for name, vector in found.items()}
 
 
+def _reasons(refusals: Sequence[Refusal]) -> str:
+    return "; ".join(f"{r.client}: {r.reason.value}{f' ({r.detail})' if r.detail else ''}" for r in refusals[:5])
+
+
 def _too_few(round: int, call: GroupCall, refusals: Sequence[Refusal]) -> str:
     listed = [refusal for refusal in refusals if refusal.reason is not Reason.ABANDONED]
-    reasons = "; ".join(f"{r.client}: {r.reason.value}{f' ({r.detail})' if r.detail else ''}" for r in listed[:5])
+    reasons = _reasons(listed)
     asked = len(call.cohort)
     few = (
         f"of {asked} clients asked {len(listed)} will not contribute" if listed else f"only {asked} clients were asked"

@@ -27,6 +27,11 @@ class Masks:
     plus: tuple[bytes, ...] = field(repr=False)
     minus: tuple[bytes, ...] = field(repr=False)
 
+    @property
+    def keys(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+        """Both."""
+        return self.plus, self.minus
+
     def hide(self, layout: Layout, answer: Answer) -> Update:
         """The answer as it may leave: masked words. Raises `Refused` where it does not fit the layout."""
         words = layout.encode(answer)

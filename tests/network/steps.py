@@ -30,7 +30,7 @@ from fedkit.server.journal import SqliteJournal
 from fedkit.server.transport import RunTransport
 from fedkit.spool import Intake
 
-__all__ = ["ARCHIVE", "SPENDING", "STEPS", "Said", "Step", "archive_updates"]
+__all__ = ["ARCHIVE", "MASKING", "SPENDING", "STEPS", "Said", "Step", "archive_updates"]
 
 ARCHIVE = "FEDKIT_TEST_ARCHIVE"
 _BLOB = re.compile(r".*/models/[0-9a-f]{64}")
@@ -158,6 +158,15 @@ SPENDING: dict[str, Step | Said] = {
     "server: after noised results are there": Step(SqliteJournal, "note", at=2),
     "server: before the commit of noised results": Step(SqliteJournal, "_write_commit", is_after=True, at=2),
     "server: after the commit of noised results": Step(SqliteJournal, "_stands", at=2),
+}
+
+
+# In a masked sum, behind those of round 0: stored and noted once for each of the five steps.
+MASKING: dict[str, Step | Said] = {
+    f"{who}: {when} step {number} is {done}": Step(owner, name, is_after=when == "after", at=5 + number)
+    for who, owner, name, done in (("ada", Outbox, "put", "stored"), ("server", SqliteJournal, "note", "noted"))
+    for when in ("before", "after")
+    for number in range(1, 6)
 }
 
 
