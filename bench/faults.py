@@ -25,7 +25,7 @@ import pytest
 import fedkit
 from bench import echo
 from bench.processes import free_port
-from bench.proxy import Proxy, Side
+from bench.proxy import Lined, Proxy, Side
 from bench.table import Figure, show
 from fedkit import history
 from fedkit.demo.heart import HOSPITALS, task
@@ -135,7 +135,7 @@ def stored(folder: Path) -> Counter[str]:
     return found
 
 
-class BadLine(Loopback):
+class BadLine(Lined):
     """One agent that reaches its coordinator over a line which can be cut."""
 
     def __init__(self, folder: Path, task: str) -> None:
@@ -143,12 +143,6 @@ class BadLine(Loopback):
         super().__init__(folder, [task], ["ada"], port=free_port(), rejoin_s=60.0, environment={"PYTHONPATH": here})
         self.line = Proxy(self.address)
         self.line.delay_s = 0.0005  # no faster than 128 MB/s, so that no more is on its way than on a real line
-
-    def start_client(self, name: str) -> None:
-        """Starts the agent at the near end of the line."""
-        port, self.port = self.port, int(self.line.address.rpartition(":")[2])
-        super().start_client(name)
-        self.port = port
 
 
 def resent(side: Side, cuts: int, seed: int) -> float:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, TypeAlias
 
-__all__ = ["Proxy", "Side"]
+from fedkit.loopback import Loopback
+
+__all__ = ["Lined", "Proxy", "Side"]
 
 Side: TypeAlias = Literal["up", "down"]  # from the agent to the coordinator, and back
 
@@ -159,3 +161,15 @@ class Proxy:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
+
+
+class Lined(Loopback):
+    """A federation whose agents dial `line` instead of their coordinator. Mixed into any other kind of federation."""
+
+    line: Proxy
+
+    def start_client(self, name: str) -> None:
+        """Starts the agent at the near end of the line."""
+        port, self.port = self.port, int(self.line.address.rpartition(":")[2])
+        super().start_client(name)
+        self.port = port

@@ -15,6 +15,7 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 
 import fedkit
+from bench.processes import free_port
 from fedkit import protos
 from fedkit.errors import Reason
 from fedkit.protos import agents_pb2 as pb
@@ -25,7 +26,7 @@ from fedkit.trust.authority import Authority
 from fedkit.trust.certificates import Role
 from fedkit.trust.identity import Identity
 from tests.network import tasks
-from tests.network.inside import Inside, free_port
+from tests.network.inside import Inside
 from tests.network.scripted import Agent, Answer, Talk, honest
 
 __all__ = ["HONEST", "MAL", "METHODS", "Place", "cost_nothing_else", "ended", "lost_once", "refusals", "trains"]

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import numpy as np
 
 import fedkit
+from bench.faults import stored
 from fedkit import history
 from fedkit.aggregation import MeanFold
+from fedkit.strategies import FedAvg
 from fedkit.weights import Weights
 from fedkit.work import Update
+from tests.network import tasks
 
-__all__ = ["require_recomputed"]
+__all__ = ["CLIENTS", "SEED", "STRATEGY", "require_undisturbed", "simulated"]
+
+CLIENTS = ("ada", "bea")
+SEED = 3
+STRATEGY = FedAvg(rounds=2, local=fedkit.Fit(steps=1))
+
+
+@functools.cache
+def simulated() -> Weights:
+    """What `STRATEGY` makes of the large task, with no network that could be disturbed."""
+    return fedkit.simulate(tasks.large, STRATEGY, clients=CLIENTS, seed=SEED, threads=1, progress=False).weights
+
+
+def require_undisturbed(result: fedkit.Result, folder: Path) -> None:
+    """A run of that gives the same bits, takes each result once and works nothing out again."""
+    assert result.weights == simulated()
+    assert [record.refusals for record in result.history] == [()] * STRATEGY.rounds
+    newest = max((folder / "server" / "history").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert require_recomputed(newest, folder / "archive", tasks.large, SEED) == simulated()
+    assert set(stored(folder).values()) == {1}
 
 
 def require_recomputed(path: Path, archive: Path, task: fedkit.Task, seed: int) -> fedkit.Weights:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import fedkit
+from bench.processes import free_port
 from fedkit.errors import RunFailed
 from fedkit.loopback import Loopback
 from fedkit.strategies import FedAvg
@@ -24,7 +25,6 @@ from fedkit.trust.tokens import Token
 from tests.network import tasks
 from tests.network.conftest import ROOT, TASKS
 from tests.network.gates import here
-from tests.network.inside import free_port
 
 LOCAL = fedkit.Fit(steps=2, batch_size=8, lr=1e-9)
 SITES = ("ada", "bea")

@@ -21,6 +21,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from structlog.testing import capture_logs
 
 import fedkit
+from bench.processes import free_port
 from fedkit import protos
 from fedkit.audit import verify
 from fedkit.client.settings import read
@@ -38,7 +39,7 @@ from fedkit.trust.identity import Identity
 from tests.network import tasks
 from tests.network.conftest import CLIENTS, loopback
 from tests.network.gates import eventually
-from tests.network.inside import Inside, free_port
+from tests.network.inside import Inside
 
 HOUR = dt.timedelta(hours=1)
 LOCAL = fedkit.Fit(steps=2, batch_size=8, lr=0.1)

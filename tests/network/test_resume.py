@@ -11,12 +11,11 @@ import pytest
 import fedkit
 from bench import echo
 from bench.processes import free_port
-from bench.proxy import Proxy
+from bench.proxy import Lined, Proxy
 from fedkit.strategies import FedAvg
 from tests.network import gates
 from tests.network.conftest import ROOT
 from tests.network.gates import Gate, Running, eventually, here, states
-from tests.network.proxied import Lined
 
 pytestmark = pytest.mark.slow
 
