@@ -265,46 +265,36 @@ async def download(talk: Talk, request: pb.DownloadRequest, session: bytes | Non
     return await call.code()
 
 
+OK, UNAUTHENTICATED, BEYOND = grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.OUT_OF_RANGE
+DOWNLOADS: dict[str, tuple[int, str, grpc.StatusCode]] = {  # from where on, with whose session, and how it ends
+    "own": (0, "own", OK),
+    "end": (300, "own", OK),
+    "beyond": (304, "own", BEYOND),
+    "between": (2, "own", BEYOND),
+    "without a session": (0, "none", UNAUTHENTICATED),
+    "an invented session": (0, "invented", UNAUTHENTICATED),
+    "an empty session": (0, "empty", UNAUTHENTICATED),
+    "a session that is over": (0, "over", UNAUTHENTICATED),
+}
+
+
 def test_a_model_is_had_only_by_whom_it_is_meant_for(place: Place, alone: fedkit.Result) -> None:
-    found: dict[str, Any] = {}
+    found: dict[str, grpc.StatusCode] = {}
 
     async def act(talk: Talk, asked: pb.Assignment) -> None:
-        own = pb.DownloadRequest(assignment_id=asked.id, offset=0)
-        beyond = pb.DownloadRequest(assignment_id=asked.id, offset=asked.model_bytes + 4)
-        between = pb.DownloadRequest(assignment_id=asked.id, offset=2)
+        assert asked.model_bytes == MODEL_BYTES == 300
         other = Talk(place.address, "eve")
         await other.begin()
-        found["own"] = await download(talk, own, talk.welcome.session)
-        found["end"] = await download(
-            talk, pb.DownloadRequest(assignment_id=asked.id, offset=300), talk.welcome.session
-        )
-        found["beyond"] = await download(talk, beyond, talk.welcome.session)
-        found["between"] = await download(talk, between, talk.welcome.session)
-        found["without a session"] = await download(talk, own, None)
-        found["an invented session"] = await download(talk, own, b"x" * 16)
-        found["an empty session"] = await download(talk, own, b"")
         with pytest.raises(LookupError):
             await other.ask_model(asked.id)
-        stale = other.welcome.session
         await other.leave()
-        found["a session that is over"] = await download(talk, own, stale)
+        sessions = {"own": talk.welcome.session, "invented": b"x" * 16, "empty": b"", "over": other.welcome.session}
+        for case, (offset, whose, _) in DOWNLOADS.items():
+            request = pb.DownloadRequest(assignment_id=asked.id, offset=offset)
+            found[case] = await download(talk, request, sessions.get(whose))
 
     lost_once(place.run((MAL, leaving(act))), alone)
-    ok, unauthenticated, beyond = (
-        grpc.StatusCode.OK,
-        grpc.StatusCode.UNAUTHENTICATED,
-        grpc.StatusCode.OUT_OF_RANGE,
-    )
-    assert found == {
-        "own": ok,
-        "end": ok,
-        "beyond": beyond,
-        "between": beyond,
-        "without a session": unauthenticated,
-        "an invented session": unauthenticated,
-        "an empty session": unauthenticated,
-        "a session that is over": unauthenticated,
-    }
+    assert found == {case: code for case, (_, _, code) in DOWNLOADS.items()}
 
 
 # -- attendance --------------------------------------------------------------------------------------------------------
