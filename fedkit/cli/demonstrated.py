@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedkit import deploy
 from fedkit.cli import show
+from fedkit.config import Privacy
 from fedkit.demo import compare, plot
 from fedkit.demo.compare import Row
 from fedkit.demo.heart import HOSPITALS, load, task
@@ -18,7 +19,7 @@ from fedkit.loopback import Loopback
 from fedkit.remote import Coordinator, connect
 from fedkit.result import Result
 
-__all__ = ["demonstrated", "demonstrated_privately"]
+__all__ = ["demonstrated", "demonstrated_masked", "demonstrated_privately"]
 
 
 def demonstrated(names: list[str], out: Path, seed: int, *, in_process: bool, as_json: bool) -> None:
@@ -73,6 +74,44 @@ def demonstrated_privately(out: Path, seed: int, *, in_process: bool, as_json: b
         show.say(f"\nNext: fedkit privacy report {book} --delta {compare.DELTA:g}")
 
 
+def demonstrated_masked(out: Path, seed: int, *, in_process: bool, as_json: bool) -> None:
+    """FedAvg between the hospitals as it is, then masked: the same model, and what each costs."""
+    began = time.monotonic()
+    if not as_json:
+        _introduce()
+    results = {}
+    with _federation(out, in_process, as_json, roster=True) as coordinator:
+        for aggregation in ("plain", "masked"):
+            results[aggregation] = _trained_with(Privacy(aggregation=aggregation), seed, as_json, coordinator)
+    facts = {name: _masked_facts(result) for name, result in results.items()}
+    apart = float(abs(results["plain"].weights.vector - results["masked"].weights.vector).max())
+    if as_json:
+        show.print_json({"runs": facts, "apart": apart, "seconds": round(time.monotonic() - began, 1)})
+        return
+    show.console.print(show.aggregations(facts))
+    show.say(f"\nNo element of the two models differs by more than {apart:.0e}.")
+    show.say("Masked, the coordinator has seen no update, score or statistic of one hospital, only sums of four.")
+    show.say("\nNext: read docs/secure-aggregation.md for what that protects from, and what it does not")
+
+
+def _trained_with(privacy: Privacy, seed: int, as_json: bool, coordinator: Coordinator | None) -> Result:
+    strategy = compare.STRATEGIES["FedAvg"]
+    if as_json:
+        return compare.train(strategy, seed, None, coordinator, privacy)
+    with show.rounds(f"FedAvg, {privacy.aggregation}", strategy.rounds) as observe:
+        return compare.train(strategy, seed, observe, coordinator, privacy)
+
+
+def _masked_facts(result: Result) -> dict[str, float]:
+    return {
+        "accuracy": result.test["accuracy"],
+        "bytes_up": sum(record.bytes_up for record in result.history),
+        "bytes_down": sum(record.bytes_down for record in result.history),
+        "seconds": round(sum(record.seconds for record in result.history), 2),
+        "scores_of_one_hospital": len(result.test_per_client),
+    }
+
+
 def _trained_privately(seed: int, as_json: bool, coordinator: Coordinator | None) -> Result:
     strategy, privacy = compare.PRIVATE["FedAvg"], compare.private(compare.SHOWN_EPSILON)
     if as_json:
@@ -88,7 +127,7 @@ def _introduce() -> None:
 
 
 @contextlib.contextmanager
-def _federation(out: Path, in_process: bool, quiet: bool) -> Iterator[Coordinator | None]:
+def _federation(out: Path, in_process: bool, quiet: bool, *, roster: bool = False) -> Iterator[Coordinator | None]:
     """A coordinator and four agents on this machine for as long as the block runs; None `in_process`."""
     if in_process:
         yield None
@@ -97,11 +136,11 @@ def _federation(out: Path, in_process: bool, quiet: bool) -> Iterator[Coordinato
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         with show.busy("Starting one coordinator and four agents", quiet):
-            federation = stack.enter_context(Loopback(folder, ["heart"], HOSPITALS))
+            federation = stack.enter_context(Loopback(folder, ["heart"], HOSPITALS, roster=roster))
         if not quiet:
             _present(federation)
         federation.keep_alive(lambda name: None if quiet else show.console.print(f"{name} ended; started again"))
-        yield stack.enter_context(connect(federation.address))
+        yield stack.enter_context(connect(federation.address, federation.operator))
 
 
 def _present(federation: Loopback) -> None:

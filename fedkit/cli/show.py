@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -253,6 +253,17 @@ def prospect(found: Prospect) -> None:
         say(f"this agent does not have the task {run.task}: add it with --task")
     elif not found.is_welcome:
         say("this site will refuse what is not allowed, and take part in the rest")
+
+
+def aggregations(found: Mapping[str, Mapping[str, float]]) -> Table:
+    """The same training with its answers added up in one way and another."""
+    heads = ("aggregation", "accuracy", "up", "down", "seconds", "own scores seen")
+    table = _plain("What the coordinator gets", *heads)
+    for name, facts in found.items():
+        sizes = [f"{facts[way] / 1000:,.0f} kB" for way in ("bytes_up", "bytes_down")]
+        shown = f"{facts['scores_of_one_hospital']:.0f}"
+        _add(table, [name, f"{facts['accuracy']:.3f}", *sizes, f"{facts['seconds']:.1f}", shown])
+    return table
 
 
 def privacy(found: Sequence[Report], head: str, *, with_runs: bool) -> None:

@@ -147,6 +147,21 @@ def _flat(text: str) -> str:
     return "".join(text.split())
 
 
+def test_the_masked_demo_comes_to_the_same_model_and_no_hospitals_own_scores(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fedkit.cli import app
+
+    found = CliRunner().invoke(
+        app, ["demo", "--aggregation", "masked", "--in-process", "--json", "--out", str(tmp_path)]
+    )
+    assert found.exit_code == 0, found.output
+    facts = json.loads(found.stdout)
+    assert facts["apart"] < 1e-3
+    assert abs(facts["runs"]["masked"]["accuracy"] - facts["runs"]["plain"]["accuracy"]) <= 0.005
+    assert [facts["runs"][name]["scores_of_one_hospital"] for name in ("plain", "masked")] == [4, 0]
+
+
 def test_the_private_demo_draws_accuracy_against_epsilon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 

@@ -14,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedkit
+from bench.processes import free_port
 from fedkit.crypto.masks import packed
 from fedkit.crypto.member import Member
 from fedkit.crypto.messages import Advertised, Cohort
@@ -25,7 +26,7 @@ from fedkit.strategies import FedAvg, FedSGD, Scaffold
 from tests.network import steps, tasks
 from tests.network.conftest import ROOT
 from tests.network.hatchery import Hatched
-from tests.network.inside import Inside, free_port
+from tests.network.inside import Inside
 
 CLIENTS = ("ada", "bea", "cyd", "dan")
 FIT = fedkit.Fit(steps=3, batch_size=8, lr=0.1)
