@@ -12,7 +12,7 @@ from typing import Any
 from bench.processes import ROOT, Bare, Federation, command
 from bench.table import Figure, alternate
 
-__all__ = ["coordinator_memory", "first_round", "network_rounds", "tls_cost"]
+__all__ = ["coordinator_memory", "first_round", "masked_cost", "network_rounds", "tls_cost"]
 
 CLIENTS = 10
 TURNS = {1: 40, 25: 8, 100: 4}  # megabytes: rounds before the other side has its turn
@@ -88,6 +88,15 @@ def tls_cost() -> Figure:
         ratio, with_tls, without = alternate(lambda: secured.rounds(8), lambda: plain.rounds(8), times=3)
     note = f"{with_tls:.3g} s against {without:.3g} s"
     return Figure(f"round of {CLIENTS} agents, 25 MB, TLS / plaintext", ratio, "<= 1.4", note)
+
+
+def masked_cost() -> Figure:
+    """A masked round of 25 MB against a plain one, in the same federation."""
+    with Federation("mb25", CLIENTS, roster=True) as federation:
+        federation.wait()
+        ratio, masked, plain = alternate(lambda: federation.rounds(6, "masked"), lambda: federation.rounds(6), times=3)
+    note = f"{masked:.3g} s against {plain:.3g} s, both over TLS"
+    return Figure(f"round of {CLIENTS} agents, 25 MB, masked / plain", ratio, "<= 2.5", note)
 
 
 def coordinator_memory() -> list[Figure]:

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import fedkit
 import fedkit.remote
@@ -22,6 +23,7 @@ from bench import echo
 from bench.bare.coordinator import cpu_seconds
 from fedkit.strategies import FedAvg
 from fedkit.trust.authority import found
+from fedkit.trust.roster import agree
 
 __all__ = ["ROOT", "Bare", "Federation", "command", "free_port"]
 
@@ -60,8 +62,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 class Federation:
     """A coordinator and its agents, started on entry, over on exit. `task` names one of `bench.echo`."""
 
-    def __init__(self, task: str, clients: int, *, tls: bool = False) -> None:
-        self.tls = tls
+    def __init__(self, task: str, clients: int, *, tls: bool = False, roster: bool = False) -> None:
+        self.tls = tls or roster
+        self.roster = roster
         self.task: fedkit.Task = getattr(echo, task)
         self.clients = clients
         self.address = f"127.0.0.1:{free_port()}"
@@ -83,17 +86,22 @@ class Federation:
     def start(self) -> None:
         """Begins every process at once; waits for none."""
         where = ["--listen", self.address, "--state", str(self.folder / "server")]
-        self._begin("server", "server", *where, *(["--authority", str(self.folder / "ca")] if self.tls else []))
+        known = ["--roster", str(self.folder / "roster.json")] if self.roster else []
+        self._begin("server", "server", *where, *(["--authority", str(self.folder / "ca")] if self.tls else []), *known)
         for name in self._names():
             where = ["--coordinator", self.address, "--state", str(self.folder / name)]
             shown = ["--identity", str(self._identities[name])] if self.tls else []
-            self._begin(name, "client", "--name", name, "--threads", "1", *where, *shown)
+            self._begin(name, "client", "--name", name, "--threads", "1", *where, *shown, *known)
 
     def _names(self) -> list[str]:
         return [f"c{index:02d}" for index in range(self.clients)]
 
     def _enrolled(self) -> dict[str, Path]:
-        return found(self.folder / "ca", "bench", self._names(), lambda name: self.folder / f"id-{name}")
+        where = {name: self.folder / f"id-{name}" for name in self._names()}
+        identities = found(self.folder / "ca", "bench", self._names(), lambda name: self.folder / f"id-{name}")
+        if self.roster:
+            agree(self.folder / "roster.json", "bench", where)
+        return identities
 
     def connect(self, patience_s: float = 300.0) -> fedkit.remote.Coordinator:
         """The coordinator, as an operator sees it."""
@@ -121,7 +129,7 @@ class Federation:
         except fedkit.FedkitError:
             return 0
 
-    def rounds(self, count: int) -> float:
+    def rounds(self, count: int, aggregation: Literal["plain", "masked"] = "plain") -> float:
         """The median seconds between the commits of `count` + 1 rounds of FedAvg."""
         marks: list[float] = []
         strategy = FedAvg(rounds=count + 1, local=fedkit.Fit(steps=1))
@@ -131,10 +139,12 @@ class Federation:
                 strategy,
                 min_clients=self.clients,
                 progress=False,
+                privacy=fedkit.Privacy(aggregation=aggregation),
                 on_round=lambda record: marks.append(time.perf_counter()),
             )
         assert all(len(record.clients) == self.clients for record in result.history)
-        assert result.weights.vector[0] == count + 1
+        off = abs(float(result.weights.vector[0]) - (count + 1))
+        assert off <= (0.0 if aggregation == "plain" else 1e-3)
         return statistics.median(after - before for before, after in pairwise(marks))
 
     def memory(self, field: str) -> float:

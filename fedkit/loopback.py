@@ -96,18 +96,9 @@ class Loopback:
 
         found(self.authority, "loopback", self.clients, self.identity)
         if self.roster is not None:
-            self._make_roster(self.roster)
+            from fedkit.trust.roster import agree
 
-    def _make_roster(self, path: Path) -> None:
-        """What the members do by hand elsewhere: each makes a key, and all sign the list of them."""
-        from fedkit.trust.roster import Chain
-        from fedkit.trust.signing import make_signing_key, public_of
-
-        keys = {name: make_signing_key(self.identity(name)) for name in self.clients}
-        chain = Chain.begin("loopback", {name: public_of(key) for name, key in keys.items()})
-        for name, key in keys.items():
-            chain = chain.sign(name, key)
-        chain.save(path)
+            agree(self.roster, "loopback", {name: self.identity(name) for name in self.clients})
 
     # -- beginning -----------------------------------------------------------------------------------------------------
 

@@ -27,8 +27,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedkit.config import NAME
 from fedkit.errors import TrustError
 from fedkit.trust.files import write
+from fedkit.trust.signing import make_signing_key, public_of
 
-__all__ = ["Chain", "Version", "fingerprint_of", "verifies"]
+__all__ = ["Chain", "Version", "agree", "fingerprint_of", "verifies"]
 
 _DOMAIN = b"fedkit-roster-1\0"
 _KEY, _SIGNATURE, _DIGEST = (re.compile(rf"[0-9a-f]{{{size}}}") for size in (64, 128, 64))
@@ -249,6 +250,18 @@ def _version(tree: Any) -> Version:
         if len(texts) > 2 * _MOST_MEMBERS or not all(isinstance(text, str) for text in texts.values()):
             raise ValueError
     return Version(**tree)
+
+
+def agree(path: Path, federation: str, folders: Mapping[str, Path]) -> None:
+    """Writes a roster that all members have signed, whose identities lie in `folders` of this one machine.
+
+    What they do by hand elsewhere: each makes a key, and all sign the list of them.
+    """
+    keys = {name: make_signing_key(folder) for name, folder in folders.items()}
+    chain = Chain.begin(federation, {name: public_of(key) for name, key in keys.items()})
+    for name, key in keys.items():
+        chain = chain.sign(name, key)
+    chain.save(path)
 
 
 def fingerprint_of(key: str) -> str:
