@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -33,8 +34,9 @@ from fedkit.protos.convert import (
     sums_to_proto,
 )
 from fedkit.protos.wire import Calls, Laden, _parser, _serializer, frame, load, unframe
-from fedkit.queries import Histogram, LabelCounts, Moments
-from fedkit.rounds.assignment import Assignment, Parcel, Private
+from fedkit.queries import Histogram, LabelCounts, Moments, RowCount
+from fedkit.rounds.assignment import Assignment, Clip, Masking, Parcel, Private
+from fedkit.rounds.layout import Layout
 from fedkit.server.database import Database
 from fedkit.weights import Entry, Manifest, Weights
 from fedkit.work import Evaluate, Fit, Gradient, MetricSums, Summarize, Summary
@@ -258,6 +260,7 @@ queries = st.one_of(
     st.builds(Moments, bounds=st.none() | st.lists(intervals, min_size=1, max_size=5)),
     st.builds(Histogram, feature=st.integers(0, (1 << 63) - 1), edges=rising),
     st.builds(LabelCounts, classes=counts),
+    st.just(RowCount()),
 )
 works = st.one_of(
     fits(),
@@ -269,15 +272,36 @@ shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 norms = st.floats(0, exclude_min=True, allow_infinity=False)
 noise = st.builds(dict, epsilon=norms) | st.builds(dict, noise_multiplier=norms)
 dps = st.builds(lambda noise, delta, norm: DP(**noise, delta=delta, max_grad_norm=norm), noise, shares, norms)
+small = st.integers(1, 1000)
+layouts = st.one_of(
+    st.builds(
+        Layout,
+        kind=st.just("mean"),
+        size=small,
+        cohort=st.integers(1, 100),
+        clip=st.floats(1e-3, 1e3),
+        bits=st.integers(2, 24),
+        cap=st.integers(0, 1000),
+        extras=st.lists(st.tuples(st.text(max_size=9), small), max_size=3).map(tuple),
+    ),
+    st.builds(Layout, kind=st.sampled_from(["reals", "integers"]), size=small, cohort=st.integers(1, 100)),
+)
+calls = st.binary(min_size=16, max_size=16).map(bytes.hex)
+vectors = st.builds(Masking, calls, st.just("vector"), layouts, st.binary(max_size=99))
+replies = st.builds(Masking, calls, st.sampled_from(["advertise", "share", "confirm", "unmask"]), layouts, st.binary())
+asked_of_one = st.sampled_from([("update", None), ("weights", None), ("sums", None)])
+asked_of_all = st.tuples(st.just("words"), vectors) | st.tuples(st.just("reply"), replies)
+clips = st.builds(Clip, norms, st.booleans())
 assignments = st.builds(
-    Assignment,
+    lambda kind, **more: Assignment(returns=kind[0], masking=kind[1], **more),
+    kind=asked_of_one | asked_of_all,
+    clip=st.none() | clips,
     id=st.binary(min_size=16, max_size=16).map(bytes.hex),
     run=st.builds("{}.{}".format, names, st.binary(min_size=4, max_size=4).map(bytes.hex)),
     seed=st.integers(0, (1 << 64) - 1),
     round=st.integers(-1, (1 << 63) - 1),
     client=names,
     work=works,
-    returns=st.sampled_from(["update", "weights", "sums"]),
     private=st.none() | st.builds(Private, dp=dps, visits=st.integers(1, 1_000_000), questions=st.integers(0, 5)),
 )
 PARCEL = Parcel(Weights.zeros(Manifest((Entry("w", (2,)),))), {"control": np.ones(3, np.float32)})
@@ -288,6 +312,31 @@ def asked(assignment: Assignment) -> pb.Assignment:
     terms = {"task": "heart", "strategy": "FedAvg", "holds_out_valid": True}
     message = assignment_to_proto(assignment, PARCEL, b"d" * 32, **terms)
     return pb.Assignment.FromString(message.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"returns": pb.UPDATE},
+        {"returns": pb.REPLY},
+        {"step": "open"},
+        {"step": "share"},
+        {"call": "x"},
+        {"layout": "{}"},
+        {"layout": "[" * 100_000},
+        {"layout": '{"kind": "mean", "size": 1, "cohort": 1, "clip": 1, "bits": 20, "cap": -1, "extras": []}'},
+        {"layout": '{"kind": "all", "size": 1, "cohort": 1, "clip": 1, "bits": 20, "cap": 1, "extras": []}'},
+        {"layout": '{"kind": "mean", "size": 1, "cohort": 9999, "clip": 1, "bits": 24, "cap": 1, "extras": []}'},
+    ],
+    ids=str,
+)
+def test_a_masked_sum_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+    masking = Masking("0" * 32, "vector", Layout("mean", 2, 3))
+    message = asked(Assignment("0" * 32, "run", 0, 1, "ada", Fit(), "words", masking=masking))
+    for name, value in change.items():
+        setattr(message if name == "returns" else message.masking, name, value)
+    with pytest.raises(PayloadError):
+        assignment_from_proto(message, "ada")
 
 
 @given(assignments)
