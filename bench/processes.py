@@ -25,7 +25,7 @@ from fedkit.strategies import FedAvg
 from fedkit.trust.authority import found
 from fedkit.trust.roster import agree
 
-__all__ = ["ROOT", "Bare", "Federation", "command", "free_port"]
+__all__ = ["ROOT", "Bare", "Federation", "command", "free_port", "with_children"]
 
 ROOT = Path(__file__).parents[1]
 _FEDKIT = str(Path(sys.executable).with_name("fedkit"))
@@ -160,6 +160,22 @@ class Federation:
         """User and system time of coordinator, agents and their workers, so far."""
         leaders = {process.pid for process in self._processes}
         return cpu_seconds([pid for pid in _pids() if _session(pid) in leaders])
+
+
+def with_children(pids: list[int]) -> list[int]:
+    """These processes and all that descend from them."""
+    parents = {pid: _parent(pid) for pid in _pids()}
+    found = set(pids)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _pids() -> list[int]:

@@ -113,7 +113,7 @@ def _masked_facts(result: Result) -> dict[str, float]:
 
 
 def _trained_privately(seed: int, as_json: bool, coordinator: Coordinator | None) -> Result:
-    strategy, privacy = compare.PRIVATE["FedAvg"], compare.private(compare.SHOWN_EPSILON)
+    strategy, privacy = compare.PRIVATE["FedAvg"], compare.private("FedAvg", compare.SHOWN_EPSILON)
     if as_json:
         return compare.train(strategy, seed, None, coordinator, privacy)
     with show.rounds(f"FedAvg, epsilon {compare.SHOWN_EPSILON:g}", strategy.rounds) as observe:

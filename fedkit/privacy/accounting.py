@@ -45,14 +45,28 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Steps counted by (noise multiplier, q), which is all that their cost depends on."""
+    """Steps counted by (noise multiplier, q), which is all that their cost depends on, and their divergence so far."""
 
     counts: Mapping[tuple[float, float], int] = field(default_factory=dict)
+    rdp: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(ORDERS)), compare=False, repr=False)
+
+    @classmethod
+    def of(cls, history: Iterable[Steps]) -> Tally:
+        """All these steps."""
+        counts: Counter[tuple[float, float]] = Counter()
+        for one in history:
+            counts[one.noise_multiplier, one.q] += one.count
+        rdp = np.zeros(len(ORDERS))
+        for (sigma, q), count in counts.items():
+            if count:
+                rdp += count * _rdp_of_step(sigma, q)
+        return cls(counts, rdp)
 
     def plus(self, steps: Steps) -> Tally:
         """With these steps too."""
         kind = (steps.noise_multiplier, steps.q)
-        return Tally({**self.counts, kind: self.counts.get(kind, 0) + steps.count})
+        rdp = self.rdp + steps.count * _rdp_of_step(*kind) if steps.count else self.rdp
+        return Tally({**self.counts, kind: self.counts.get(kind, 0) + steps.count}, rdp)
 
     def __iter__(self) -> Iterator[Steps]:
         """The steps of each kind."""
@@ -61,11 +75,7 @@ class Tally:
 
 def rdp_of(history: Iterable[Steps]) -> npt.NDArray[np.float64]:
     """The Rényi divergence at each of `ORDERS` of all steps together: it adds up."""
-    total = np.zeros(len(ORDERS))
-    for (sigma, q), count in _merged(history).items():
-        if count:
-            total += count * _rdp_of_step(sigma, q)
-    return total
+    return history.rdp if isinstance(history, Tally) else Tally.of(history).rdp
 
 
 @functools.lru_cache(maxsize=4096)
@@ -122,19 +132,14 @@ def spent(history: Iterable[Steps], delta: float, *, tight: bool = True) -> Spen
 
     Those are left out where there are many different kinds of steps, or next to no privacy.
     """
-    steps = [one for one in history if one.count]
-    rdp = epsilon_of(rdp_of(steps), delta)
-    kinds = {(one.noise_multiplier, one.q) for one in steps}
-    if not tight or not kinds or len(kinds) > _PLD_KINDS or rdp > _PLD_MOST_EPSILON:
+    tally = history if isinstance(history, Tally) else Tally.of(history)
+    rdp = epsilon_of(tally.rdp, delta)
+    if not tight:
         return Spent(delta, rdp, None)
-    return Spent(delta, rdp, _pld_epsilon(tuple(sorted(_merged(steps).items())), delta))
-
-
-def _merged(history: Iterable[Steps]) -> Counter[tuple[float, float]]:
-    counts: Counter[tuple[float, float]] = Counter()
-    for steps in history:
-        counts[steps.noise_multiplier, steps.q] += steps.count
-    return counts
+    kinds = tuple(sorted(((one.noise_multiplier, one.q), one.count) for one in tally if one.count))
+    if not kinds or len(kinds) > _PLD_KINDS or rdp > _PLD_MOST_EPSILON:
+        return Spent(delta, rdp, None)
+    return Spent(delta, rdp, _pld_epsilon(kinds, delta))
 
 
 @functools.lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -70,7 +70,7 @@ class Account:
     reservations: tuple[Reservation, ...] = ()
     open: frozenset[str] = frozenset()  # assignments whose work has not ended
     clipped: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # by run: clipped gradients, and all of them
-    steps: Tally = Tally()  # all of them, those that are only reserved too
+    steps: Tally = field(default_factory=Tally)  # all of them, those that are only reserved too
     steps_by_run: Mapping[str, Tally] = field(default_factory=dict)
 
     def steps_of(self, run: str) -> Tally:
@@ -160,7 +160,9 @@ class Ledger:
         self.check(wish, budget)
         if of_run is not None:
             _require(wish, account.steps_of(wish.run), of_run, f"the run at {wish.data}")
-        self._append({"kind": "reserve", "relation": _RELATION, "mechanism": "sampled_gaussian", **asdict(wish)})
+        steps = {"noise_multiplier": wish.steps.noise_multiplier, "q": wish.steps.q, "count": wish.steps.count}
+        about = {"assignment": wish.assignment, "run": wish.run, "data": wish.data, "steps": steps, "clip": wish.clip}
+        self._append({"kind": "reserve", "relation": _RELATION, "mechanism": "sampled_gaussian", **about})
 
     def check(self, wish: Reservation, budget: Budget) -> None:
         """Raises `Refused` where the reservation would go beyond the budget of the data."""
