@@ -63,7 +63,7 @@ EPSILONS = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0)
 DELTA = 1e-3  # at most one over the rows of the smallest hospital, which has 30
 PRIVATE: dict[str, Strategy] = {
     "FedAvg": FedAvg(rounds=20, local=Fit(steps=5, batch_size=64, lr=0.4)),
-    "CyclicWeightTransfer": CyclicWeightTransfer(rounds=15, local=Fit(steps=5, batch_size=32, lr=0.3)),
+    "CyclicWeightTransfer": CyclicWeightTransfer(rounds=20, local=Fit(epochs=1, batch_size=32, lr=0.2)),
 }
 CLIPS = {"FedAvg": 1.0, "CyclicWeightTransfer": 0.5}  # a hop carries the noise of one site alone
 
