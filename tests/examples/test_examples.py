@@ -29,16 +29,18 @@ def run(name: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def run_here(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def run_here(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str, program: str = "main.py") -> None:
     """The example as `python main.py` runs it, but in this process, which has loaded torch already."""
     monkeypatch.delenv("FEDKIT_DATA", raising=False)
-    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
-    runpy.run_path(str(EXAMPLES / name / "main.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [program, *arguments])
+    monkeypatch.syspath_prepend(EXAMPLES / name)
+    runpy.run_path(str(EXAMPLES / name / program), run_name="__main__")
 
 
-def is_as_in_readme(text: str, name: str) -> bool:
+def is_as_in_readme(text: str, name: str, block: int = 0) -> bool:
     """Whether these are the lines that the example's README shows, with any numbers."""
-    shown = re.findall(r"^```\n(.*?)^```$", (EXAMPLES / name / "README.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+    blocks = re.findall(r"^```\n(.*?)^```$", (EXAMPLES / name / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    shown = blocks[block]
     return re.sub(r" *[\d.]+", "0", text) == re.sub(r" *[\d.]+", "0", shown)
 
 
@@ -106,6 +108,15 @@ def test_fashion_learns_from_idx_files_split_into_equal_parts(garments, monkeypa
 def test_fashion_splits_with_label_skew_unless_told_otherwise(garments, monkeypatch, capsys):
     run_here("fashion", monkeypatch, "--data", str(garments), "--rounds", "1")
     assert is_as_in_readme(capsys.readouterr().out, "fashion")
+
+
+def test_private_fashion_learns_within_its_epsilon(garments, monkeypatch, capsys):
+    arguments = ["--clients", "2", "--rounds", "20", "--epsilon", "8"]
+    run_here("fashion", monkeypatch, "--data", str(garments), *arguments, program="private.py")
+    text = capsys.readouterr().out
+    assert is_as_in_readme(text, "fashion", 1)
+    assert number(r"test accuracy (\S+)", text) > 0.5
+    assert 7.0 < number(r"at epsilon (\d\.\d+)", text) <= 8.0
 
 
 @pytest.mark.parametrize(
