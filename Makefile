@@ -78,8 +78,9 @@ bench: $(VENV)/dev $(VENV)-pfl/ready $(VENV)-peers/ready
 	$(BIN)/python bench/run.py $(PEERS)
 	$(BIN)/python bench/idle_agents.py
 
+# DATA is a folder with the Fashion-MNIST files, for the figures that need them and another half hour.
 figures: $(VENV)/dev $(VENV)-pfl/ready $(VENV)-peers/ready
-	$(BIN)/python bench/figures.py $(PEERS)
+	$(BIN)/python bench/figures.py $(PEERS) $(if $(DATA),--data "$(DATA)")
 
 clean:
 	rm -rf $(VENV) $(VENV)-pfl $(VENV)-peers $(VENV)-supply $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -15,6 +15,7 @@ from torch import nn
 
 import fedkit
 from bench.accounting import accounting
+from bench.fashion_mnist import accuracy_against_epsilon
 from bench.masking import masking
 from bench.run import arguments, network, ratios
 from bench.table import Figure, show
@@ -105,6 +106,8 @@ def main() -> None:
     good = show("Accuracy on real data", heart())
     good &= show("Differential privacy", [*private_heart(), *accounting()])
     good &= show("Masked sums", masking())
+    if given.data is not None:
+        good &= show("Fashion-MNIST, ten clients, delta 1e-5", accuracy_against_epsilon(given.data, Path("out")))
     good &= show("Equalities", equalities())
     good &= show("Label skew", scaffold())
     good &= show("Speed", ratios(given.pfl))

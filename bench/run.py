@@ -30,10 +30,11 @@ def network(peers: str | None) -> list[Figure]:
 
 
 def arguments() -> argparse.Namespace:
-    """Where the peers are, from the command line."""
+    """Where the peers and the data are, from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pfl", help="a Python that has pfl installed")
     parser.add_argument("--peers", help="a Python that has flwr and nvflare installed")
+    parser.add_argument("--data", type=Path, help="the folder with the four Fashion-MNIST .gz files")
     return parser.parse_args()
 
 
