@@ -90,12 +90,12 @@ class MemoryStore:
                 self._answers.pop(key, None)
 
 
-def simulated_key(name: str) -> Ed25519PrivateKey:
+def _simulated_key(name: str) -> Ed25519PrivateKey:
     """The roster key of a simulated client: everybody knows it, as everybody is the same process."""
     return Ed25519PrivateKey.from_private_bytes(blake3(f"fedkit simulated {name}".encode()).digest())
 
 
-class SimulatedRoster(Mapping[str, str]):
+class _SimulatedRoster(Mapping[str, str]):
     """Every name is a member."""
 
     def __getitem__(self, name: str) -> str:
@@ -113,7 +113,7 @@ class SimulatedRoster(Mapping[str, str]):
 
 @functools.lru_cache(maxsize=1 << 14)
 def _public(name: str) -> str:
-    return public_of(simulated_key(name))
+    return public_of(_simulated_key(name))
 
 
 class LocalClient:
@@ -130,7 +130,7 @@ class LocalClient:
         self._trainer = trainer
         self._store = store
         self._sums: dict[str, bytes] = {}  # what it keeps of masked sums, by call
-        self._seat = Seat(name, simulated_key(name), SimulatedRoster)
+        self._seat = Seat(name, _simulated_key(name), _SimulatedRoster)
 
     def perform(self, assignment: Assignment, parcel: Parcel) -> Answer:
         """The answer; raises `Refused`."""

@@ -157,7 +157,7 @@ def test_a_server_optimizer_with_weight_decay_leaves_the_preprocessing_alone() -
 class Scripted:
     """A federation whose mean updates are given; everything else is not to be asked."""
 
-    round, clients = 1, ("ann", "bob")
+    round, clients, drawn = 1, ("ann", "bob"), None
     rng = np.random.default_rng(0)
 
     def __init__(self, updates: list[Weights]) -> None:
