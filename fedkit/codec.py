@@ -22,7 +22,7 @@ from blake3 import blake3
 from fedkit.errors import PayloadError
 from fedkit.weights import Manifest, Weights
 
-__all__ = ["CHUNK_BYTES", "Decoder", "Header", "Limits", "encode", "load", "save", "write_atomically"]
+__all__ = ["CHUNK_BYTES", "Decoder", "Header", "Limits", "encode", "load", "pieces", "save", "write_atomically"]
 
 CHUNK_BYTES = 1 << 20
 _MAGIC = b"FEDKIT1\n"
@@ -133,9 +133,14 @@ class Decoder:
 
 def save(path: Path | str, weights: Weights) -> None:
     """Writes `weights` to a file that is either complete or not there."""
+    write_atomically(Path(path), pieces(weights))
+
+
+def pieces(weights: Weights) -> Iterator[bytes | memoryview]:
+    """What `save` writes, in order."""
     header, chunks = encode(weights)
     raw = header.to_bytes()
-    write_atomically(Path(path), itertools.chain([_MAGIC, struct.pack("<I", len(raw)), raw], chunks))
+    return itertools.chain([_MAGIC, struct.pack("<I", len(raw)), raw], chunks)
 
 
 def load(path: Path | str, limits: Limits = Limits()) -> Weights:

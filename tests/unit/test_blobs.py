@@ -72,7 +72,54 @@ def test_only_what_is_kept_stays_and_nothing_that_a_crash_left(blobs):
     (blobs.folder / f".{ABSENT}.0123456789abcdef").write_bytes(b"half a mo")
     (blobs.folder / "README").write_text("not ours")
     blobs.keep_only([PAIR.digest, ABSENT])
-    assert sorted(os.listdir(blobs.folder)) == sorted([PAIR.digest, "README"])
+    assert sorted(os.listdir(blobs.folder)) == sorted([PAIR.digest, "README", ".spare"])
+
+
+# -- the spare file ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_written_into_the_file_of_one_that_nobody_needs(blobs):
+    for count in range(1, 6):
+        blobs.put(count * WIDE)
+        blobs.keep_only([(count * WIDE).digest])
+    first = (blobs.folder / (5 * WIDE).digest).stat().st_ino
+    blobs.put(PAIR)
+    blobs.keep_only([PAIR.digest])
+    blobs.put(2 * PAIR)
+    blobs.keep_only([(2 * PAIR).digest])
+    assert (blobs.folder / (2 * PAIR).digest).stat().st_ino == first
+    assert sorted(os.listdir(blobs.folder)) == sorted([(2 * PAIR).digest, ".spare"])
+    assert Blobs(blobs.folder).get((2 * PAIR).digest) == 2 * PAIR
+
+
+@pytest.mark.parametrize("name", [".spare", (3 * PAIR).digest])
+def test_a_model_whose_name_a_power_loss_took_back_is_found_by_its_content(blobs, name):
+    blobs.put(PAIR)
+    blobs.put(2 * PAIR)
+    os.replace(blobs.folder / PAIR.digest, blobs.folder / name)
+    again = Blobs(blobs.folder)
+    assert again.get(PAIR.digest) == PAIR
+    assert sorted(os.listdir(again.folder)) == sorted([PAIR.digest, (2 * PAIR).digest])
+
+
+def test_another_model_under_the_name_of_one_that_is_put_is_written_over(blobs):
+    blobs.put(PAIR)
+    os.replace(blobs.folder / PAIR.digest, blobs.folder / (2 * PAIR).digest)
+    again = Blobs(blobs.folder)
+    assert again.put(2 * PAIR) == (2 * PAIR).digest
+    assert again.get((2 * PAIR).digest) == 2 * PAIR
+
+
+def test_a_half_written_spare_file_is_nobodys_model(blobs):
+    blobs.put(PAIR)
+    raw = (blobs.folder / PAIR.digest).read_bytes()
+    (blobs.folder / ".spare").write_bytes(raw[:-3])
+    (blobs.folder / PAIR.digest).unlink()
+    with pytest.raises(StorageError, match="is missing"):
+        Blobs(blobs.folder).get(PAIR.digest)
+    blobs = Blobs(blobs.folder)
+    assert blobs.put(PAIR) == PAIR.digest
+    assert os.listdir(blobs.folder) == [PAIR.digest]
 
 
 @pytest.mark.parametrize(
