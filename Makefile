@@ -50,8 +50,8 @@ COMPILE := $(VENV)-supply/bin/uv pip compile --constraint constraints.txt --quie
 # After a change of constraints.txt; TORCH_CPU is where PyTorch's CPU builds are.
 locks: $(VENV)-supply/ready
 	$(COMPILE) locks/build.txt --output-file locks/build.lock
-	$(COMPILE) pyproject.toml --output-file locks/gpu.lock
-	UV_FIND_LINKS="$(TORCH_CPU)" $(COMPILE) pyproject.toml --override locks/cpu-torch.txt --output-file locks/cpu.lock
+	$(COMPILE) pyproject.toml --extra he --output-file locks/gpu.lock
+	UV_FIND_LINKS="$(TORCH_CPU)" $(COMPILE) pyproject.toml --extra he --override locks/cpu-torch.txt --output-file locks/cpu.lock
 
 protos: $(VENV)/dev
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. $(wildcard fedkit/protos/*.proto)

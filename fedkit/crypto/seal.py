@@ -1,0 +1,237 @@
+"""The one place that calls Microsoft SEAL, through TenSEAL: numbers in, numbers out.
+
+SEAL reads and writes its objects through files only, so they pass through a file that has no name and no disk. What is
+read back into SEAL was written here, header and all, from numbers that `fedkit.crypto.chunks` has checked.
+
+TenSEAL holds the interpreter's lock, and native code that crashes takes its process along: encrypt, add and decrypt in
+processes of which that is no loss, never in an agent or a coordinator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedkit.crypto.chunks import DEGREE, PRIMES, Full, Numbers, Scheme, Seeded
+from fedkit.errors import ConfigError, PayloadError
+
+__all__ = ["Engine"]
+
+_MAGIC, _HEADER = b"\x5e\xa1\x10", 16  # the last byte of the magic is the header's length
+_COMPRESSION = 5  # where the header says how the rest is compressed: not at all, zlib, Zstandard
+_MEMBERS = struct.Struct("<4QB3QdQ")  # parameters, whether it is transformed, polynomials, degree, primes, scale, 1
+_PLAIN_MEMBERS = struct.Struct("<4QQd")  # parameters, coefficients, scale
+_SEED_INFO = 16 + 1 + 64  # header, kind of generator, seed
+_BLAKE2XB = 1
+_MOST = 1 << 18  # bytes of the largest object, unpacked
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        import tenseal.sealapi  # the one import of it: it takes a second, and no other aggregation needs it
+        import zstandard
+    except ImportError as error:
+        raise ConfigError(
+            f"bfv and ckks need TenSEAL ({error}): pip install 'fedkit[he]'. There is no wheel of it for ARM Linux; "
+            "there, build it from source, or use masked aggregation, which needs nothing"
+        ) from None
+    return tenseal.sealapi, zstandard
+
+
+class _Scratch:
+    """A file for SEAL to write to and read from, which nobody else can open and which ends with the process."""
+
+    def __init__(self) -> None:
+        self._file: Any = None
+        if hasattr(os, "memfd_create"):
+            self._file = os.fdopen(os.memfd_create("fedkit"), "w+b", buffering=0)
+            self.path = f"/proc/self/fd/{self._file.fileno()}"
+        if self._file is None or not Path(self.path).exists():
+            self.close()
+            self._file = tempfile.NamedTemporaryFile(buffering=0)  # noqa: SIM115 mode 0600, gone when closed
+            self.path = self._file.name
+
+    def write(self, data: bytes) -> None:
+        self._file.truncate(len(data))
+        os.pwrite(self._file.fileno(), data, 0)
+
+    def read(self) -> bytes:
+        return os.pread(self._file.fileno(), _MOST, 0)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise PayloadError(f"{what}: {error}") from None
+
+
+class Engine:
+    """SEAL, set up for one scheme. With a key it encrypts and decrypts, without one it adds.
+
+    To be closed, or used in a `with`. Ciphertexts that it hands out are SEAL's own objects, good for its `add`, `full`,
+    `decrypt` and `noise_budget` alone. Raises `ConfigError` where TenSEAL is missing, `PayloadError` for what SEAL
+    refuses.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._api, zstandard = _library()
+        self._inflate = (bytes, zlib.decompress, zstandard.ZstdDecompressor().decompress)
+        self.scheme, self._is_bfv = scheme, scheme.name == "bfv"
+        self._context = self._make_context()
+        self._evaluator = self._api.Evaluator(self._context)
+        self._coder = (self._api.BatchEncoder if self._is_bfv else self._api.CKKSEncoder)(self._context)
+        self._scratch = _Scratch()
+        self._version = self._library_version()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives up its file."""
+        self._scratch.close()
+
+    def _make_context(self) -> Any:
+        api = self._api
+        settings = api.EncryptionParameters(getattr(api.SCHEME_TYPE, self.scheme.name.upper()))
+        settings.set_poly_modulus_degree(DEGREE)
+        settings.set_coeff_modulus([api.Modulus(prime) for prime in PRIMES])
+        if self._is_bfv:
+            settings.set_plain_modulus(api.Modulus(self.scheme.modulus))
+        context = api.SEALContext(settings, True, api.SEC_LEVEL_TYPE.TC128)
+        if not context.parameters_set():
+            raise ConfigError(f"{self.scheme}: {context.parameters_error_message()}")
+        return context
+
+    # -- keys ----------------------------------------------------------------------------------------------------------
+
+    def make_key(self) -> Numbers:
+        """A fresh secret key, one polynomial for each prime: uint64[8192]."""
+        key = self._api.KeyGenerator(self._context).secret_key()
+        head = self._plain_head(len(PRIMES) * DEGREE, self._context.key_parms_id())
+        found = _numbers(self._saved(key, head))
+        self._scratch.write(b"")
+        return found
+
+    def use_key(self, key: Numbers) -> None:
+        """Encrypts and decrypts with this secret key from now on."""
+        secret = self._api.SecretKey()
+        head = self._plain_head(len(PRIMES) * DEGREE, self._context.key_parms_id())
+        self._load(secret, head + key.tobytes(), "not a secret key")
+        self._scratch.write(b"")
+        self._encryptor = self._api.Encryptor(self._context, secret)
+        self._decryptor = self._api.Decryptor(self._context, secret)
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    def encrypt(self, values: npt.NDArray[Any]) -> Seeded:
+        """A fresh ciphertext of 4,096 values: residues for BFV, float64 for CKKS, two of them in a slot."""
+        plain = self._api.Plaintext()
+        with _refusing("not to be encrypted"):
+            if self._is_bfv:
+                self._coder.encode(values.tolist(), plain)
+            else:
+                self._coder.encode(values.view(np.complex128).tolist(), self.scheme.scale, plain)
+            found = self._encryptor.encrypt_symmetric(plain)
+        rest = self._saved(found, self._head(DEGREE), DEGREE * 8 + _SEED_INFO)
+        return Seeded(rest[-64:], _numbers(rest[: DEGREE * 8]))
+
+    def decrypt(self, ciphertext: Any) -> npt.NDArray[Any]:
+        """The 4,096 values, as they were encrypted; under another key, noise."""
+        plain = self._api.Plaintext()
+        with _refusing("not to be decrypted"):
+            self._decryptor.decrypt(ciphertext, plain)
+            if self._is_bfv:
+                return np.array(self._coder.decode_uint64(plain), dtype=np.uint32)
+            return np.array(self._coder.decode_complex(plain), dtype=np.complex128).view(np.float64)
+
+    def noise_budget(self, ciphertext: Any) -> int:
+        """How many bits of BFV's noise are left; 0 where the ciphertext is none under this key, or is spoiled."""
+        return int(self._decryptor.invariant_noise_budget(ciphertext))
+
+    # -- ciphertexts ---------------------------------------------------------------------------------------------------
+
+    def ciphertext(self, chunk: Seeded | Full) -> Any:
+        """The chunk as SEAL's own object."""
+        if isinstance(chunk, Seeded):
+            info = self._header(_SEED_INFO) + bytes([_BLAKE2XB]) + chunk.seed
+            body = self._head(DEGREE) + chunk.first.tobytes() + info
+        else:
+            body = self._head(2 * DEGREE) + chunk.first.tobytes() + chunk.second.tobytes()
+        found = self._api.Ciphertext()
+        self._load(found, body, "not a ciphertext")
+        if found.size() != 2 or found.is_transparent() or not self._api.is_valid_for(found, self._context):
+            raise PayloadError("not a ciphertext")
+        return found
+
+    def add(self, total: Any, other: Any) -> None:
+        """Adds another ciphertext to `total`, in place."""
+        with _refusing("not to be added"):
+            self._evaluator.add_inplace(total, other)
+
+    def full(self, ciphertext: Any) -> Full:
+        """The ciphertext's two polynomials."""
+        numbers = _numbers(self._saved(ciphertext, self._head(2 * DEGREE)))
+        return Full(numbers[:DEGREE], numbers[DEGREE:])
+
+    # -- SEAL's format -------------------------------------------------------------------------------------------------
+
+    def _library_version(self) -> bytes:
+        self._api.Plaintext().save(self._scratch.path)
+        found = self._scratch.read()
+        if found[:3] != _MAGIC:
+            raise ConfigError("this TenSEAL writes another format: pip install tenseal==0.3.18")
+        return found[3:5]
+
+    def _header(self, size: int) -> bytes:
+        """Of an object that takes so many bytes with it, not compressed."""
+        return _MAGIC + self._version + bytes(3) + size.to_bytes(8, "little")
+
+    def _array(self, count: int) -> bytes:
+        return self._header(_HEADER + 8 + 8 * count) + count.to_bytes(8, "little")
+
+    def _head(self, count: int) -> bytes:
+        """What stands before a ciphertext's `count` numbers."""
+        ours = (*self._context.first_parms_id(), not self._is_bfv, 2, DEGREE, 1, self.scheme.scale, 1)
+        return _MEMBERS.pack(*ours) + self._array(count)
+
+    def _plain_head(self, count: int, parameters: list[int]) -> bytes:
+        return _PLAIN_MEMBERS.pack(*parameters, count, 1.0) + self._array(count)
+
+    def _load(self, target: Any, body: bytes, refusal: str) -> None:
+        self._scratch.write(self._header(_HEADER + len(body)) + body)
+        with _refusing(refusal):
+            target.load(self._context, self._scratch.path)
+
+    def _saved(self, source: Any, head: bytes, size: int | None = None) -> bytes:
+        """What SEAL writes for an object behind `head`, which must be as it is written here."""
+        source.save(self._scratch.path)
+        written = self._scratch.read()
+        body: bytes = self._inflate[written[_COMPRESSION]](written[_HEADER:])
+        if body[: len(head)] != head or (size is not None and len(body) != len(head) + size):
+            raise ConfigError("this TenSEAL writes another format: pip install tenseal==0.3.18")
+        return body[len(head) :]
+
+
+def _numbers(data: bytes) -> Numbers:
+    return np.frombuffer(data, dtype="<u8")
