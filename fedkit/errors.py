@@ -130,6 +130,7 @@ class Reason(enum.StrEnum):
     PRIVACY = "privacy"  # it would cost more privacy than the site's budget has left
     PAYLOAD = "payload"  # the bytes are not those that were announced
     MASKING = "masking"  # the masking protocol does not allow it: a lie, a mistake, or too few members
+    ENCRYPTION = "encryption"  # the key ceremony, or the rule on opening encrypted sums, does not allow it
     CANCELLED = "cancelled"  # it was called off while under way
 
 

@@ -62,6 +62,7 @@ _FROM_CLIENTS = frozenset(
         Reason.EXAMPLES,
         Reason.SHAPE,
         Reason.MASKING,
+        Reason.ENCRYPTION,
         Reason.CANCELLED,
         Reason.LOST,
         Reason.PAYLOAD,

@@ -32,6 +32,7 @@ __all__ = [
     "mapping_from",
     "names_from",
     "require_names",
+    "require_size",
     "to_mapping",
     "unpacked",
     "verifies",
@@ -93,7 +94,8 @@ def _text(part: bytes) -> str:
         raise PayloadError("a name is not one") from None
 
 
-def _require_size(what: str, size: int, *values: bytes) -> None:
+def require_size(what: str, size: int, *values: bytes) -> None:
+    """Raises `PayloadError` unless all values are bytes of that length."""
     if not all(isinstance(value, bytes) and len(value) == size for value in values):
         raise PayloadError(f"{what} has {size} bytes")
 
@@ -147,7 +149,7 @@ class Told:
 
     def __post_init__(self) -> None:
         """Checks the lengths."""
-        _require_size("a digest", DIGEST_BYTES, self.model, self.work)
+        require_size("a digest", DIGEST_BYTES, self.model, self.work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +168,9 @@ class Advertised:
     def __post_init__(self) -> None:
         """Checks the lengths."""
         require_names([self.name])
-        _require_size("a key", KEY_BYTES, self.mask_key, self.share_key)
-        _require_size("a commitment", DIGEST_BYTES, self.commitment)
-        _require_size("a signature", SIGNATURE_BYTES, self.signature)
+        require_size("a key", KEY_BYTES, self.mask_key, self.share_key)
+        require_size("a commitment", DIGEST_BYTES, self.commitment)
+        require_size("a signature", SIGNATURE_BYTES, self.signature)
 
     def body(self, session: Session) -> bytes:
         """What is signed."""
@@ -269,7 +271,7 @@ class Shares:
     def __post_init__(self) -> None:
         """Checks names and lengths."""
         require_names(sorted(self.sealed))
-        _require_size("a sealed share", SEALED_BYTES, *self.sealed.values())
+        require_size("a sealed share", SEALED_BYTES, *self.sealed.values())
 
     def to_bytes(self) -> bytes:
         """The compact form."""
@@ -294,7 +296,7 @@ class Unmasking:
     def __post_init__(self) -> None:
         """Checks names and lengths, and that the two have nobody in common."""
         require_names(sorted([*self.seeds, *self.keys]))
-        _require_size("a share", SHARE_BYTES, *self.seeds.values(), *self.keys.values())
+        require_size("a share", SHARE_BYTES, *self.seeds.values(), *self.keys.values())
 
     def to_bytes(self) -> bytes:
         """The compact form."""
