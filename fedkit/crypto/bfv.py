@@ -11,14 +11,11 @@ cannot tell a sum from one client's ciphertext. Masking does not have this weakn
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from fedkit.crypto import encrypted
-from fedkit.crypto.chunks import DEGREE, PRIMES, Scheme
+from fedkit.crypto.chunks import PRIMES, Scheme
 from fedkit.crypto.encrypted import SecretKey
 from fedkit.crypto.ring import FULL_WEIGHT, Ring, Words
 from fedkit.errors import ConfigError
@@ -45,7 +42,7 @@ class Parameters:
         """Checks the noise of the whole cohort."""
         if self.cohort < 1 or not 2 <= self.bits <= _MOST_BITS:
             raise ConfigError(f"bfv: 1 client or more, and 2 to {_MOST_BITS} bits, not {self.cohort} and {self.bits}")
-        if self._least_modulus >= 1 << 31 or self.budget < LEAST_BUDGET:
+        if self.modulus >= 1 << 31 or self.budget < LEAST_BUDGET:
             raise ConfigError(
                 f"bfv: {self.cohort} clients of {self.bits} bits do not fit: the noise would leave too little room; "
                 "take fewer bits or clients, or masked aggregation"
@@ -62,13 +59,9 @@ class Parameters:
         return cls(cohort, 2)
 
     @property
-    def _least_modulus(self) -> int:
-        return 2 * self.cohort * max(1 << (self.bits - 1), FULL_WEIGHT) + 1
-
-    @property
     def modulus(self) -> int:
-        """The plain modulus: the least prime that all sums fit below, 1 modulo 8192 as packing needs it."""
-        return _prime_from(self._least_modulus)
+        """The plain modulus: the least number below which all sums fit, signs included; it is odd."""
+        return 2 * self.cohort * max(1 << (self.bits - 1), FULL_WEIGHT) + 1
 
     @property
     def budget(self) -> int:
@@ -84,14 +77,6 @@ class Parameters:
     def scheme(self) -> Scheme:
         """What keys and ciphertexts are bound to."""
         return Scheme("bfv", self.cohort, modulus=self.modulus)
-
-
-@lru_cache
-def _prime_from(least: int) -> int:
-    steps = itertools.count(-(-(least - 1) // (2 * DEGREE)) * 2 * DEGREE + 1, 2 * DEGREE)
-    return next(
-        number for number in steps if number > 1 and all(number % odd for odd in range(3, math.isqrt(number) + 1, 2))
-    )
 
 
 def encrypt(key: SecretKey, words: Words) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +33,7 @@ _MEMBERS = struct.Struct("<4QB3QdQ")  # parameters, whether it is transformed, p
 _PLAIN_MEMBERS = struct.Struct("<4QQd")  # parameters, coefficients, scale
 _SEED_INFO = 16 + 1 + 64  # header, kind of generator, seed
 _BLAKE2XB = 1
+_NO_PARAMETERS = (0, 0, 0, 0)  # of a plaintext that is not transformed
 _MOST = 1 << 18  # bytes of the largest object, unpacked
 
 
@@ -95,7 +96,7 @@ class Engine:
         self.scheme, self._is_bfv = scheme, scheme.name == "bfv"
         self._context = self._make_context()
         self._evaluator = self._api.Evaluator(self._context)
-        self._coder = (self._api.BatchEncoder if self._is_bfv else self._api.CKKSEncoder)(self._context)
+        self._coder = None if self._is_bfv else self._api.CKKSEncoder(self._context)
         self._scratch = _Scratch()
         self._version = self._library_version()
 
@@ -145,25 +146,37 @@ class Engine:
     # -- values --------------------------------------------------------------------------------------------------------
 
     def encrypt(self, values: npt.NDArray[Any]) -> Seeded:
-        """A fresh ciphertext of 4,096 values: residues for BFV, float64 for CKKS, two of them in a slot."""
-        plain = self._api.Plaintext()
+        """A fresh ciphertext of 4,096 values.
+
+        For BFV residues, one in each coefficient, which is all that addition needs; for CKKS float64, two in a slot.
+        """
+        plain = self._plain(values)
         with _refusing("not to be encrypted"):
-            if self._is_bfv:
-                self._coder.encode(values.tolist(), plain)
-            else:
-                self._coder.encode(values.view(np.complex128).tolist(), self.scheme.scale, plain)
             found = self._encryptor.encrypt_symmetric(plain)
         rest = self._saved(found, self._head(DEGREE), DEGREE * 8 + _SEED_INFO)
         return Seeded(rest[-64:], _numbers(rest[: DEGREE * 8]))
+
+    def _plain(self, values: npt.NDArray[Any]) -> Any:
+        plain = self._api.Plaintext()
+        if self._coder is None:
+            body = self._plain_head(values.size, _NO_PARAMETERS) + values.astype("<u8").tobytes()
+            self._load(plain, body, "not to be encrypted")
+        else:
+            with _refusing("not to be encrypted"):
+                self._coder.encode(values.view(np.complex128).tolist(), self.scheme.scale, plain)
+        return plain
 
     def decrypt(self, ciphertext: Any) -> npt.NDArray[Any]:
         """The 4,096 values, as they were encrypted; under another key, noise."""
         plain = self._api.Plaintext()
         with _refusing("not to be decrypted"):
             self._decryptor.decrypt(ciphertext, plain)
-            if self._is_bfv:
-                return np.array(self._coder.decode_uint64(plain), dtype=np.uint32)
-            return np.array(self._coder.decode_complex(plain), dtype=np.complex128).view(np.float64)
+            if self._coder is not None:
+                return np.array(self._coder.decode_complex(plain), dtype=np.complex128).view(np.float64)
+        count = plain.coeff_count()  # zeros at the end are left out
+        words = np.zeros(DEGREE, dtype=np.uint32)
+        words[:count] = _numbers(self._saved(plain, self._plain_head(count, _NO_PARAMETERS), count * 8))
+        return words
 
     def noise_budget(self, ciphertext: Any) -> int:
         """How many bits of BFV's noise are left; 0 where the ciphertext is none under this key, or is spoiled."""
@@ -215,7 +228,7 @@ class Engine:
         ours = (*self._context.first_parms_id(), not self._is_bfv, 2, DEGREE, 1, self.scheme.scale, 1)
         return _MEMBERS.pack(*ours) + self._array(count)
 
-    def _plain_head(self, count: int, parameters: list[int]) -> bytes:
+    def _plain_head(self, count: int, parameters: Iterable[int]) -> bytes:
         return _PLAIN_MEMBERS.pack(*parameters, count, 1.0) + self._array(count)
 
     def _load(self, target: Any, body: bytes, refusal: str) -> None:

@@ -121,11 +121,13 @@ def test_as_many_bits_are_taken_as_a_cohort_can_have() -> None:
 
 
 @pytest.mark.parametrize("cohort", [1, 3, 100, 600])
-def test_the_modulus_is_a_prime_that_packing_and_the_ring_can_use(cohort: int) -> None:
-    modulus = bfv.Parameters(cohort).modulus
-    assert modulus % (2 * DEGREE) == 1
-    assert pow(2, modulus - 1, modulus) == pow(3, modulus - 1, modulus) == 1
-    FixedPoint(bfv.Parameters(cohort).ring, 1.0, 20)
+def test_the_largest_sums_of_a_cohort_come_back_with_their_sign(cohort: int) -> None:
+    parameters = bfv.Parameters(cohort)
+    point = FixedPoint(parameters.ring, 1.0, 20)
+    key = key_for(parameters)
+    upload = list(bfv.encrypt(key, point.encode(np.array([1, -1, 0], dtype=np.float32), FULL_WEIGHT)))
+    total = bfv.decrypt(key, added(key, [upload] * cohort, 4), 4)
+    assert point.decode(total, cohort).tolist() == [1, -1, 0]
 
 
 # -- what does not belong ----------------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ def test_what_native_code_refuses_is_a_typed_error() -> None:
     with seal.Engine(THREE.scheme) as engine:
         engine.use_key(key_for(THREE).numbers)
         with pytest.raises(PayloadError, match="not to be encrypted"):
-            engine.encrypt(np.zeros(DEGREE + 1, dtype=np.uint32))
+            engine.encrypt(np.full(DEGREE, THREE.modulus, dtype=np.uint32))
         with pytest.raises(PayloadError, match="not a secret key"):
             engine.use_key(np.full(2 * DEGREE, PRIMES[1], dtype=np.uint64))
 
