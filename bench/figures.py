@@ -15,6 +15,7 @@ from torch import nn
 
 import fedkit
 from bench.accounting import accounting
+from bench.encryption import encryption
 from bench.fashion_mnist import accuracy_against_epsilon
 from bench.masking import masking
 from bench.run import arguments, network, ratios
@@ -108,6 +109,7 @@ def main() -> None:
     good &= show("Masked sums", masking())
     if given.data is not None:
         good &= show("Fashion-MNIST, ten clients, delta 1e-5", accuracy_against_epsilon(given.data, Path("out")))
+    good &= show("Encrypted sums", encryption())
     good &= show("Equalities", equalities())
     good &= show("Label skew", scaffold())
     good &= show("Speed", ratios(given.pfl))
