@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import functools
 import math
 import random
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,7 @@ class Agent:
         self._roster = roster
         self._permits = permits
         self._instance = secrets.token_bytes(16)
+        self._masking: set[str] = set()  # masked sums of which a vector is being worked out
         self._errands: dict[str, _Errand] = {}
         self._line: Line | None = None
         self._stopping = asyncio.Event()
@@ -302,6 +305,26 @@ class Agent:
         if assignment.returns == "reply":
             await self._reply(assignment)
             return
+        with self._alone(assignment):
+            await self._work_out(errand, assignment)
+
+    @contextlib.contextmanager
+    def _alone(self, assignment: Assignment) -> Iterator[None]:
+        """One vector of a masked sum at a time: two under the same masks would tell their difference.
+
+        Once one is stored, the seat refuses another.
+        """
+        call = "" if assignment.masking is None else assignment.masking.call
+        if call and call in self._masking:
+            raise Refused(Reason.MASKING, "another vector of that sum is being worked out")
+        self._masking.add(call)
+        try:
+            yield
+        finally:
+            self._masking.discard(call)
+
+    async def _work_out(self, errand: _Errand, assignment: Assignment) -> None:
+        message = errand.message
         masks, seat = await self._masks(message, assignment)
         async with self._trainers.place() as perform:
             fetched = await self._fetch(errand) if message.model_bytes else None

@@ -74,16 +74,15 @@ class Blobs:
         except FileNotFoundError:
             codec.save(path, weights)
             return
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(spare.unlink, missing_ok=True)
             with file:
                 file.writelines(codec.pieces(weights))
                 file.truncate()
                 file.flush()
                 os.fdatasync(file.fileno())
             os.replace(spare, path)
-        except BaseException:
-            spare.unlink(missing_ok=True)
-            raise
+            undo.pop_all()
 
     def get(self, digest: str) -> Weights:
         """The model of that digest; raises `PayloadError` for a file that holds anything else."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import sqlite3
@@ -18,9 +19,9 @@ from bench.processes import free_port
 from fedkit.crypto.masks import packed
 from fedkit.crypto.member import Member
 from fedkit.crypto.messages import Advertised, Cohort
-from fedkit.errors import RunFailed
+from fedkit.errors import RoundAbandoned, RunFailed
 from fedkit.rounds import masked as rounds_masked
-from fedkit.rounds.masked import Asked, MaskedSum
+from fedkit.rounds.masked import Asked, MaskedSum, WordsFold
 from fedkit.server.process import CoordinatorSettings
 from fedkit.strategies import FedAvg, FedSGD, Scaffold
 from tests.network import steps, tasks
@@ -215,6 +216,28 @@ def lie_watch(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     monkeypatch.setattr(rounds_masked.Unmasking, "from_bytes", noted)
     return given
+
+
+def test_nobody_masks_two_vectors_of_one_sum(lying: Lying, monkeypatch: pytest.MonkeyPatch) -> None:
+    init, answered = MaskedSum.__init__, []
+
+    def twice(self: MaskedSum, masked: Any, ask: Any, *rest: Any) -> None:
+        async def told(asked: Asked) -> None:
+            if asked.step != "vector" or masked.session.round <= 1:
+                await ask(asked)
+                return
+            folds = [WordsFold(list(asked.messages), asked.fold._words) for _ in range(3)]
+            for pair in (folds[:2], folds[2:]):  # at the same time, and once more when they are stored
+                await asyncio.gather(*(ask(replace(asked, fold=fold)) for fold in pair), return_exceptions=True)
+            answered.extend(client for fold in folds for client in fold.clients)
+            raise RoundAbandoned("enough was asked.")
+
+        init(self, masked, told, *rest)
+
+    monkeypatch.setattr(rounds_masked.MaskedSum, "__init__", twice)
+    with pytest.raises(RunFailed, match="enough was asked"):
+        trained(lying, FedAvg(rounds=1, local=FIT, participation=fedkit.Participation(attempts=1)))
+    assert sorted(answered) == sorted(CLIENTS)
 
 
 # -- sites -------------------------------------------------------------------------------------------------------------
