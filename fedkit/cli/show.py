@@ -292,14 +292,16 @@ def audit(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _costs(one: Report) -> Table:
-    heads = ("run", "asked", "open", "steps", "rate", "noise", "clip", "clipped", "epsilon (RDP)", "epsilon (PLD)")
-    table = _plain(f"Runs on {one.data} ({one.fingerprint[:16] or 'never loaded'})", *heads)
+    heads = ("run", "asked", "open", "steps", "rate", "noise", "clip", "clipped", "epsilon")
+    table = _plain(f"Runs on {one.data} ({one.fingerprint[:16] or 'never loaded'})", *heads, only_folds="run")
     for run in one.runs:
         settings = [_range(values) for values in (run.sampling_rates, run.noise_multipliers, run.clips)]
-        pld = "-" if run.spent.pld is None else _up(run.spent.pld)
+        epsilon = f"{_up(run.spent.rdp)} RDP"
+        if run.spent.pld is not None:
+            epsilon += f"\n{_up(run.spent.pld)} PLD"
         counts = [str(run.assignments), str(run.open), str(run.steps)]
         clipped = "-" if run.clipped_share is None else f"{run.clipped_share:.0%}"
-        _add(table, [run.run, *counts, *settings, clipped, _up(run.spent.rdp), pld])
+        _add(table, [run.run, *counts, *settings, clipped, epsilon])
     return table
 
 
@@ -316,10 +318,11 @@ def _down(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{math.floor(value * 1000) / 1000:.3f}"
 
 
-def _plain(title: str, *heads: str) -> Table:
+def _plain(title: str, *heads: str, only_folds: str = "") -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
     for head in heads:
-        table.add_column(head, no_wrap=head in _WHOLE, overflow="fold")
+        is_whole = head != only_folds if only_folds else head in _WHOLE
+        table.add_column(head, no_wrap=is_whole, overflow="fold")
     return table
 
 
