@@ -7,7 +7,7 @@ import shutil
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -75,6 +75,11 @@ class RunTransport:
     def present(self) -> list[str]:
         """The clients here that know the run's task."""
         return self._attendance.present(self._terms.task)
+
+    def members(self) -> Mapping[str, str]:
+        """The keys of the roster under which this coordinator asks."""
+        roster = self._attendance.roster
+        return {} if roster is None else roster.members
 
     def now(self) -> float:
         """Seconds of the monotonic clock."""

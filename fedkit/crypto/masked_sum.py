@@ -1,19 +1,16 @@
 """The coordinator's side of a masked sum: it passes messages on, adds vectors, and takes off the masks that are left.
 
 Values in, values out, as in `fedkit.crypto.member`. The vectors stay with the caller, in memory or in files; what a
-`Sum` keeps is small. For privacy nothing of it needs to be durable, and nothing in it is secret before the members give
-their shares. For the round to survive a restart, `to_bytes()` is kept before the answer to each `close_` step is sent.
+`Sum` keeps is small and follows from the members' messages: whoever has journaled those can make it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
-import numpy as np
-
-from fedkit.crypto.masks import KEY_BYTES, PrivateKey, apply_masks, packed
+from fedkit.crypto.masks import KEY_BYTES, PrivateKey, apply_masks
 from fedkit.crypto.member import commitment_to, context_of, pair_key, self_key, survivors_body
 from fedkit.crypto.messages import (
     Advertised,
@@ -22,35 +19,16 @@ from fedkit.crypto.messages import (
     Shares,
     Told,
     Unmasking,
-    mapping_from,
-    names_from,
-    to_mapping,
-    unpacked,
     verifies,
 )
-from fedkit.crypto.ring import Ring, Words
+from fedkit.crypto.ring import Words
 from fedkit.crypto.shamir import recover
 from fedkit.errors import BelowThreshold, ConfigError, PayloadError, Reason, Refused, SumSpoiled
 
-__all__ = ["Step", "Sum", "folded"]
+__all__ = ["Step", "Sum"]
 
-_LABEL = b"fedkit-sum-1"
 _BLOCK = 1 << 16  # words that are added at a time, which stay in the cache of a processor's core
 _PROBE = PrivateKey(bytes(range(KEY_BYTES)))  # of nobody, to try public keys with
-
-
-def folded(vectors: Sequence[Words], ring: Ring) -> Words:
-    """The exact sum of vectors of the same length, arrays or memory maps, block by block.
-
-    Raises `ConfigError` where they differ in length, are none, or are more than the ring holds.
-    """
-    if not 0 < len(vectors) <= ring.cohort or any(one.shape != vectors[0].shape for one in vectors):
-        raise ConfigError(f"1 to {ring.cohort} vectors of the same length are added")
-    total = np.zeros(vectors[0].size, dtype=np.uint32)
-    for start in range(0, total.size, _BLOCK):
-        for vector in vectors:
-            ring.add(total[start : start + _BLOCK], vector[start : start + _BLOCK])
-    return total
 
 
 class Step(IntEnum):
@@ -67,9 +45,10 @@ class Step(IntEnum):
 class Sum:
     """One masked sum, from keys to the opened total. Messages of a step come in any order, and twice if need be.
 
-    `members` are the roster's keys by name where the coordinator knows them: it then turns bad signatures away itself.
-    A message that is wrong raises `Refused` and costs its sender its part, nothing else. Each `close_` step goes on
-    with those who are there, and raises `BelowThreshold` where they are too few.
+    `members` are the roster's keys by name: what is not signed by them is turned away here, because one bad advert
+    would make all honest members refuse the cohort. A message that is wrong raises `Refused` and costs its sender its
+    part, nothing else. Each `close_` step goes on with those who are there, and raises `BelowThreshold` where they are
+    too few.
     """
 
     def __init__(self, session: Session, told: Told, members: Mapping[str, str] | None = None) -> None:
@@ -109,6 +88,9 @@ class Sum:
         self._require(Step.ADVERTS)
         if self._members is not None and not advert.is_signed(self.session, self._members):
             raise Refused(Reason.MASKING, f"{advert.name} has not signed its keys, or is not on the roster")
+        others = {key for name, one in self._adverts.items() if name != advert.name for key in one.keys}
+        if len({*advert.keys, *others}) < len(advert.keys) + len(others):
+            raise Refused(Reason.MASKING, f"{advert.name} has a key twice, or another member's")
         try:
             _PROBE.agree(advert.mask_key), _PROBE.agree(advert.share_key)
         except PayloadError as error:
@@ -258,44 +240,6 @@ class Sum:
         count, quorum = len(list(names)), self.cohort.plan.quorum
         if count < quorum:
             raise BelowThreshold(f"{count} of {len(self.cohort.names)} members {what}, and it takes {quorum}")
-
-    # -- durable state -------------------------------------------------------------------------------------------------
-
-    def to_bytes(self) -> bytes:
-        """All of it; secret once members have given their shares."""
-        cohort = b"" if self._cohort is None else self._cohort.to_bytes()
-        told = (self.session.digest, self.told.model, self.told.work, bytes([self.step]))
-        return packed(
-            _LABEL,
-            *told,
-            packed(*(self._adverts[name].to_bytes() for name in sorted(self._adverts))),
-            cohort,
-            to_mapping({name: one.to_bytes() for name, one in self._shares.items()}),
-            packed(*(name.encode() for name in self.survivors)),
-            self._words.to_bytes(8, "little"),
-            to_mapping(self._signatures),
-            to_mapping({name: one.to_bytes() for name, one in self._unmaskings.items()}),
-        )
-
-    @classmethod
-    def restore(cls, data: bytes, session: Session, told: Told, members: Mapping[str, str] | None = None) -> Sum:
-        """The sum that `to_bytes` wrote; raises `PayloadError` for anything else, or another session."""
-        label, run, model, work, step, adverts, cohort, *parts = unpacked(data, 12)
-        shares, delivered, words, signatures, unmaskings = parts
-        if (label, run, model, work) != (_LABEL, session.digest, told.model, told.work) or step not in _STEPS:
-            raise PayloadError("this is not the state of this sum")
-        found = cls(session, told, members)
-        found.step = _STEPS[step]
-        found._adverts = {one.name: one for one in map(Advertised.from_bytes, unpacked(adverts))}
-        found._cohort = Cohort.from_bytes(session, cohort) if cohort else None
-        found._shares = {name: Shares.from_bytes(one) for name, one in mapping_from(shares).items()}
-        found._delivered, found._words = set(names_from(delivered)), int.from_bytes(words, "little")
-        found._signatures = mapping_from(signatures)
-        found._unmaskings = {name: Unmasking.from_bytes(one) for name, one in mapping_from(unmaskings).items()}
-        return found
-
-
-_STEPS = {bytes([step]): step for step in Step}
 
 
 def _put(known: dict[str, Any], name: str, value: object) -> None:

@@ -172,9 +172,14 @@ class Advertised:
         require_size("a commitment", DIGEST_BYTES, self.commitment)
         require_size("a signature", SIGNATURE_BYTES, self.signature)
 
+    @property
+    def keys(self) -> tuple[bytes, bytes]:
+        """Both public keys."""
+        return self.mask_key, self.share_key
+
     def body(self, session: Session) -> bytes:
         """What is signed."""
-        keys = (self.mask_key, self.share_key, self.commitment)
+        keys = (*self.keys, self.commitment)
         return packed(b"fedkit-advertised-1", session.digest, self.name.encode(), *keys)
 
     def is_signed(self, session: Session, members: Mapping[str, str]) -> bool:
@@ -206,7 +211,7 @@ class Cohort:
     def __post_init__(self) -> None:
         """Checks order and uniqueness."""
         require_names(self.names)
-        keys = [key for one in self.adverts for key in (one.mask_key, one.share_key)]
+        keys = [key for one in self.adverts for key in one.keys]
         if len(set(keys)) < len(keys):
             raise PayloadError("two members of a cohort have the same key")
 

@@ -201,6 +201,10 @@ class Transport(Protocol):
         """The clients that can be asked now."""
         ...
 
+    def members(self) -> Mapping[str, str]:
+        """The roster's keys (hex) by name, as they are known here; none where there is no roster."""
+        ...
+
     async def assemble(self, least: int) -> None:
         """Returns when `least` clients are present and nobody is missing who may be back in a moment."""
         ...

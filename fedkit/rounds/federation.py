@@ -235,7 +235,8 @@ class JournaledFederation:
         base = self._ask(work, "words", parcel, cohort)
         first = Masking(base.key, "advertise", layout)
         member = replace(base.assignment(base.cohort[0]), masking=first)
-        masked = Sum(first.session(self.identity.name, self.round), member.told(parcel.payload_digest))
+        about = (first.session(self.identity.name, self.round), member.told(parcel.payload_digest))
+        masked = Sum(*about, self.transport.members())
 
         async def ask(asked: Asked) -> None:
             masking = {name: replace(first, step=asked.step, message=text) for name, text in asked.messages.items()}

@@ -8,12 +8,13 @@ import heapq
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias, TypeVar
 
 from fedkit import rng
 from fedkit.errors import Reason, Refused
 from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.simulation.roster import SimulatedRoster
 from fedkit.simulation.workers import Workers
 from fedkit.work import Answer
 
@@ -67,6 +68,10 @@ class SimulatedTransport:
     def present(self) -> list[str]:
         """All clients, always."""
         return self._clients
+
+    def members(self) -> Mapping[str, str]:
+        """Everybody is a member."""
+        return SimulatedRoster()
 
     async def assemble(self, least: int) -> None:
         """Returns at once: who is simulated is there."""

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol
-
-from blake3 import blake3
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedkit.errors import DataError, IncompatibleStrategy, Reason, Refused
 from fedkit.privacy.accounting import Tally, epsilon_of, rdp_of
@@ -16,7 +11,6 @@ from fedkit.privacy.plan import Planned, planned
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.rounds.seat import Seat
 from fedkit.trainer.trainer import ClientState, Trainer
-from fedkit.trust.signing import public_of
 from fedkit.work import Answer, Steps, Update
 
 __all__ = ["ClientStore", "LocalClient", "MemoryStore"]
@@ -90,39 +84,13 @@ class MemoryStore:
                 self._answers.pop(key, None)
 
 
-def _simulated_key(name: str) -> Ed25519PrivateKey:
-    """The roster key of a simulated client: everybody knows it, as everybody is the same process."""
-    return Ed25519PrivateKey.from_private_bytes(blake3(f"fedkit simulated {name}".encode()).digest())
-
-
-class _SimulatedRoster(Mapping[str, str]):
-    """Every name is a member."""
-
-    def __getitem__(self, name: str) -> str:
-        return _public(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str)
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _public(name: str) -> str:
-    return public_of(_simulated_key(name))
-
-
 class LocalClient:
     """Answers assignments: from its store where it has the answer, else by doing the work.
 
     An error in the task's own code becomes a refusal, so that one client never ends a run; `failure` is the last one.
     """
 
-    def __init__(self, name: str, trainer: Trainer, store: ClientStore) -> None:
+    def __init__(self, name: str, trainer: Trainer, store: ClientStore, seat: Seat | None = None) -> None:
         self.name = name
         self.trained = 0
         self.failure: Exception | None = None
@@ -130,7 +98,7 @@ class LocalClient:
         self._trainer = trainer
         self._store = store
         self._sums: dict[str, bytes] = {}  # what it keeps of masked sums, by call
-        self._seat = Seat(name, _simulated_key(name), _SimulatedRoster)
+        self._seat = seat
 
     def perform(self, assignment: Assignment, parcel: Parcel) -> Answer:
         """The answer; raises `Refused`."""
@@ -148,6 +116,8 @@ class LocalClient:
         masking = assignment.masking
         if masking is None:
             return self._worked(assignment, parcel)
+        if self._seat is None:
+            raise Refused(Reason.MASKING, f"{self.name} has no seat in masked sums")
         left = self._sums.get(masking.call)
         if masking.step != "vector":
             reply, self._sums[masking.call] = self._seat.reply(assignment, left)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fedkit
+from fedkit.crypto.messages import Advertised
 from fedkit.crypto.ring import FULL_WEIGHT, weight_of
-from fedkit.errors import ConfigError, IncompatibleStrategy, Reason, Refused, RunFailed
+from fedkit.errors import ConfigError, IncompatibleStrategy, PayloadError, Reason, Refused, RunFailed
 from fedkit.rounds.conduct import Outcome
 from fedkit.rounds.layout import Layout
 from fedkit.strategies import CyclicWeightTransfer, FedAvg, FedAvgM, FedBuff, FedSGD, Krum, Scaffold
@@ -150,6 +152,23 @@ def test_a_member_that_answers_something_else_costs_its_own_part_only() -> None:
 
     outcome = run(FedAvg(rounds=1, local=FIT), world(faults={"site-2": rubbish}))
     [record] = outcome.history
+    assert record.clients == tuple(name for name in CLIENTS if name != "site-2")
+    assert {(refusal.client, refusal.reason) for refusal in record.refusals} == {("site-2", Reason.MASKING)}
+
+
+@pytest.mark.parametrize("fault", ["signature", "same key twice"])
+def test_keys_that_the_others_would_refuse_cost_their_sender_alone(fault: str) -> None:
+    def forge(answer: Answer) -> Answer:
+        try:
+            advert = Advertised.from_bytes(answer.message) if isinstance(answer, Reply) else None
+        except PayloadError:
+            return answer
+        if advert is None:
+            return answer
+        change = {"signature": bytes(64)} if fault == "signature" else {"share_key": advert.mask_key}
+        return Reply(replace(advert, **change).to_bytes())
+
+    [record] = run(FedAvg(rounds=1, local=FIT), world(faults={"site-2": forge})).history
     assert record.clients == tuple(name for name in CLIENTS if name != "site-2")
     assert {(refusal.client, refusal.reason) for refusal in record.refusals} == {("site-2", Reason.MASKING)}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedkit.crypto.masked_sum import Step, Sum, folded
+from fedkit.crypto.masked_sum import Step, Sum
 from fedkit.crypto.member import Member
 from fedkit.crypto.messages import (
     SEALED_BYTES,
@@ -24,10 +25,14 @@ from fedkit.crypto.messages import (
     to_mapping,
     unpacked,
 )
-from fedkit.crypto.ring import Ring
 from fedkit.crypto.shamir import SHARE_BYTES
 from fedkit.errors import BelowThreshold, ConfigError, PayloadError, Reason, Refused, SumSpoiled
+from fedkit.rounds.layout import words_manifest
+from fedkit.rounds.masked import WordsFold
+from fedkit.spool import reopen
 from fedkit.trust.signing import public_of
+from fedkit.weights import Weights
+from fedkit.work import Update
 
 NAMES = tuple("abcdef")
 KEYS = {name: Ed25519PrivateKey.from_private_bytes(name.encode() * 32) for name in NAMES}
@@ -236,47 +241,34 @@ def test_vectors_of_another_length_and_shares_that_nobody_asked_for_are_refused(
         masked.open(total[:-1])
 
 
-@pytest.mark.parametrize("until", list(Step)[:5])
-def test_a_killed_coordinator_goes_on_where_it_was(until: Step) -> None:
-    masked, people, total = played(until)
-    again = Sum.restore(masked.to_bytes(), SESSION, TOLD, ROSTER)
-    assert again.to_bytes() == masked.to_bytes()
-    for step in list(Step)[until:5]:
-        for name in NAMES if step < Step.VECTORS else LEFT:
-            _play(step, again, people[name], total)
-            again = Sum.restore(again.to_bytes(), SESSION, TOLD, ROSTER)
-        closes = (again.close_adverts, again.close_shares, again.close_vectors, again.close_signatures, lambda: None)
-        closes[step]()
-    again.open(total)
-    assert again.step == Step.DONE
-    assert total.tolist() == EXPECTED
-
-
-def test_the_state_of_another_sum_or_a_damaged_one_is_not_restored() -> None:
-    state = played(Step.VECTORS)[0].to_bytes()
-    for data, session, told in (
-        (state, Session("heart", 5, "call-1"), TOLD),
-        (state, SESSION, Told(bytes(32), bytes(32))),
-        (state[:-1], SESSION, TOLD),
-        (b"", SESSION, TOLD),
-    ):
-        with pytest.raises(PayloadError):
-            Sum.restore(data, session, told)
+@pytest.mark.parametrize("same", ["mask_key", "share_key"])
+def test_a_key_that_is_there_twice_costs_its_sender_its_part_only(same: str) -> None:
+    masked = Sum(SESSION, TOLD)
+    first, second = (played(Step.ADVERTS)[1][name].advertise() for name in NAMES[:2])
+    masked.advertise(first)
+    other = {"mask_key": "share_key", "share_key": "mask_key"}[same]
+    for taken in (first.mask_key, getattr(second, other)):
+        with pytest.raises(Refused, match="has a key twice, or another member's"):
+            masked.advertise(replace(second, **{same: taken}))
+    masked.advertise(first)  # the same again is nothing new
+    masked.advertise(second)
 
 
 def test_vectors_are_added_exactly_from_memory_and_from_files(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
-    vectors = [draw.integers(0, 1 << 32, 100_003, dtype=np.uint32) for _ in range(3)]
+    vectors = [draw.integers(0, 1 << 32, 300_003, dtype=np.uint32) for _ in range(3)]
     expected = sum(vector.astype(np.uint64) for vector in vectors) % (1 << 32)
-    files = []
-    for i, vector in enumerate(vectors):
-        vector.tofile(tmp_path / str(i))
-        files.append(np.memmap(tmp_path / str(i), dtype=np.uint32, mode="r"))
-    assert np.array_equal(folded(vectors, Ring(3)), expected)
-    assert np.array_equal(folded(files, Ring(3)), expected)
-    for bad, ring in (([], Ring(3)), (vectors, Ring(2)), ([vectors[0], vectors[0][1:]], Ring(3))):
-        with pytest.raises(ConfigError):
-            folded(bad, ring)
+    manifest = words_manifest(300_003)
+    in_memory, in_files = WordsFold("abc", 300_003), WordsFold("abc", 300_003)
+    for name, vector in zip("abc", vectors, strict=True):
+        weights = Weights(manifest, vector.view(np.float32))
+        in_memory.add(name, Update(weights, 0))
+        vector.tofile(tmp_path / name)
+        found = reopen(tmp_path / name, manifest, {})
+        assert found is not None
+        in_files.add(name, Update(found[0], 0))
+    assert np.array_equal(in_memory.total(), expected)
+    assert np.array_equal(in_files.total(), expected)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
