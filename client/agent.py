@@ -314,8 +314,11 @@ class Agent:
 
         Once one is stored, the seat refuses another.
         """
-        call = "" if assignment.masking is None else assignment.masking.call
-        if call and call in self._masking:
+        if assignment.masking is None:
+            yield
+            return
+        call = assignment.masking.call
+        if call in self._masking:
             raise Refused(Reason.MASKING, "another vector of that sum is being worked out")
         self._masking.add(call)
         try:
@@ -337,8 +340,8 @@ class Agent:
                 self._permits.ledger.close_reservation(message.id)
             self._log_failure(message, outcome)
             raise Refused(Reason(outcome["refused"]), outcome["detail"])
-        if outcome["examples"] > self._settings.max_examples:
-            text = f"{outcome['examples']} rows, but max_examples is {self._settings.max_examples}: raise it"
+        if outcome["rows"] > self._settings.max_examples:
+            text = f"{outcome['rows']} rows, but max_examples is {self._settings.max_examples}: raise it"
             raise Refused(Reason.EXAMPLES, text)
         facts = {name: outcome[name] for name in Stored.__slots__ if name in outcome}
         if is_private and "manifest" in facts:

@@ -151,11 +151,12 @@ class _Worker:
             plan = self._reserve(trainer, assignment, private)
         noisy: dict[str, Any] = {} if plan is None else {"private": plan.training, "question": plan.cost}
         answer, after = trainer.perform(assignment, parcel, state, **noisy)
-        answer = _hidden(job, assignment, _allowed(policy, trainer, assignment, parcel, answer))
+        allowed = _allowed(policy, trainer, assignment, parcel, answer)
+        answer = _masked(job, assignment, allowed)
         with contextlib.suppress(FileNotFoundError):
             os.replace(job["spare"], job["out"])
         manifest = assignment.answer_manifest(parcel.model.manifest)
-        facts = _written(assignment, answer, manifest, Path(job["out"]))
+        facts = _written(assignment, answer, manifest, Path(job["out"])) | {"rows": allowed.examples}
         if plan is not None and plan.training is not None:
             facts |= {"clipped": trainer.done.clipped, "gradients": trainer.done.sampled}
         return facts | {"has_state": _keep_state(state, after, Path(job["out_state"]))}
@@ -212,12 +213,12 @@ class _Worker:
             write_message(self._sock, {"id": self._current, "done": done, "total": total})
 
 
-def _hidden(job: Mapping[str, Any], assignment: Assignment, answer: Answer) -> Answer:
+def _masked(job: Mapping[str, Any], assignment: Assignment, answer: Answer) -> Answer:
     """The answer under the masks that the agent has made for it, where it is for a masked sum."""
     if assignment.masking is None:
         return answer
     plus, minus = (tuple(map(base64.b64decode, keys)) for keys in job["masks"])
-    return Masks(plus, minus).hide(assignment.masking.layout, answer)
+    return Masks(plus, minus).mask(assignment.masking.layout, answer)
 
 
 def _allowed(policy: Policy, trainer: Trainer, assignment: Assignment, parcel: Parcel, answer: Answer) -> Answer:

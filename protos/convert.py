@@ -50,8 +50,13 @@ _COUNTS = ("visits", "questions")
 _REPLIES: tuple[MaskStep, ...] = ("advertise", "share", "confirm", "unmask")
 _DP_FIELDS = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
 
-_RETURNS: dict[Returns, Any] = {"update": pb.UPDATE, "weights": pb.WEIGHTS, "sums": pb.SUMS}
-_RETURNS |= {"words": pb.WORDS, "reply": pb.REPLY}
+_RETURNS: dict[Returns, Any] = {
+    "update": pb.UPDATE,
+    "weights": pb.WEIGHTS,
+    "sums": pb.SUMS,
+    "words": pb.WORDS,
+    "reply": pb.REPLY,
+}
 _FROM_CLIENTS = frozenset(
     {
         Reason.FAILED,

@@ -28,7 +28,7 @@ from fedkit.crypto.masks import KEY_BYTES, TAG_BYTES, PrivateKey, derive, digest
 from fedkit.crypto.messages import (
     DIGEST_BYTES,
     SIGNATURE_BYTES,
-    names_from,
+    Signed,
     require_names,
     require_size,
     unpacked,
@@ -70,38 +70,11 @@ class Ceremony:
         return digest_of(b"fedkit-ceremony-1", *parts)
 
 
-@dataclass(frozen=True, slots=True)
-class BoxKey:
-    """A member's X25519 key for one letter, signed with its roster key."""
+class BoxKey(Signed):
+    """A member's X25519 key for one letter, signed with its roster key; what it is about is a ceremony's digest."""
 
-    name: str
-    key: bytes
-    signature: bytes
-
-    def __post_init__(self) -> None:
-        """Checks the lengths."""
-        require_names([self.name])
-        require_size("a key", KEY_BYTES, self.key)
-        require_size("a signature", SIGNATURE_BYTES, self.signature)
-
-    def body(self, ceremony: Ceremony) -> bytes:
-        """What is signed."""
-        return packed(b"fedkit-box-key-1", ceremony.digest, self.name.encode(), self.key)
-
-    def is_signed(self, ceremony: Ceremony, members: Mapping[str, str]) -> bool:
-        """Whether the member of that name has signed it; `members` as in a roster's version."""
-        key = members.get(self.name)
-        return key is not None and verifies(key, self.signature, self.body(ceremony))
-
-    def to_bytes(self) -> bytes:
-        """The compact form."""
-        return packed(self.name.encode(), self.key, self.signature)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> BoxKey:
-        """What `to_bytes` wrote; raises `PayloadError`."""
-        name, key, signature = unpacked(data, 3)
-        return cls(names_from(packed(name))[0], key, signature)
+    __slots__ = ()
+    label = b"fedkit-box-key-1"
 
 
 @dataclass(frozen=True)
@@ -174,7 +147,7 @@ def _check_boxes(ceremony: Ceremony, boxes: tuple[BoxKey, ...], members: Mapping
     unknown = [name for name in names if name not in members]
     if unknown:
         raise _refused(f"not on this site's roster: {', '.join(unknown[:10])}")
-    unsigned = [one.name for one in boxes if not one.is_signed(ceremony, members)]
+    unsigned = [one.name for one in boxes if not one.is_signed(ceremony.digest, members)]
     if unsigned:
         raise _refused(f"keys that their owners have not signed: {', '.join(unsigned[:10])}")
     if len(names) < least:
@@ -186,12 +159,12 @@ def _check_boxes(ceremony: Ceremony, boxes: tuple[BoxKey, ...], members: Mapping
 def _letter(ceremony: Ceremony, secret: SecretKey, box: BoxKey) -> bytes:
     fresh = PrivateKey(secrets.token_bytes(_SEED_BYTES))
     bound = _bound(ceremony, box, fresh.public, secret.fingerprint)
-    return fresh.public + sealed(derive(_agreed(fresh, box.key, box.name), bound), secret.data, bound)
+    return fresh.public + sealed(derive(_agreed(fresh, box.value, box.name), bound), secret.data, bound)
 
 
 def _bound(ceremony: Ceremony, box: BoxKey, sender_key: bytes, fingerprint: bytes) -> bytes:
     """What a letter is bound to; the ceremony's digest holds the run and the keyholder."""
-    return packed(b"fedkit-letter-1", ceremony.digest, box.name.encode(), box.key, sender_key, fingerprint)
+    return packed(b"fedkit-letter-1", ceremony.digest, box.name.encode(), box.value, sender_key, fingerprint)
 
 
 def _agreed(private: PrivateKey, public: bytes, peer: str) -> bytes:
@@ -233,8 +206,7 @@ class Recipient:
 
     def offer(self) -> BoxKey:
         """Its key for one letter, signed."""
-        unsigned = BoxKey(self.name, self._private.public, bytes(SIGNATURE_BYTES))
-        return replace(unsigned, signature=self._key.sign(unsigned.body(self.ceremony)))
+        return BoxKey.sign(self.ceremony.digest, self.name, self._private.public, self._key)
 
     def receive(self, handover: Handover, letter: bytes) -> bytes:
         """Its signature (64 bytes) under what it got, once all is in order."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedkit.config import NAME
 from fedkit.crypto.graph import Assumptions, Plan, neighbours, plan
@@ -27,6 +30,7 @@ __all__ = [
     "Cohort",
     "Session",
     "Shares",
+    "Signed",
     "Told",
     "Unmasking",
     "mapping_from",
@@ -104,6 +108,48 @@ def require_size(what: str, size: int, *values: bytes) -> None:
 def verifies(key: str, signature: bytes, body: bytes) -> bool:
     """Whether a roster key has signed `body`; what was verified once in this process is not verified again."""
     return roster.verifies(key, signature.hex(), body)
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A member's 32 bytes about one thing, signed with its roster key; `label` says what kind of statement it is."""
+
+    label: ClassVar[bytes]
+
+    name: str
+    value: bytes
+    signature: bytes
+
+    def __post_init__(self) -> None:
+        """Checks the lengths."""
+        require_names([self.name])
+        require_size("what is signed", DIGEST_BYTES, self.value)
+        require_size("a signature", SIGNATURE_BYTES, self.signature)
+
+    @classmethod
+    def sign(cls, about: bytes, name: str, value: bytes, key: Ed25519PrivateKey) -> Self:
+        """The member's own, about the thing of that digest."""
+        unsigned = cls(name, value, bytes(SIGNATURE_BYTES))
+        return replace(unsigned, signature=key.sign(unsigned.body(about)))
+
+    def body(self, about: bytes) -> bytes:
+        """What is signed."""
+        return packed(self.label, about, self.name.encode(), self.value)
+
+    def is_signed(self, about: bytes, members: Mapping[str, str]) -> bool:
+        """Whether the member of that name has signed it; `members` as in a roster's version."""
+        key = members.get(self.name)
+        return key is not None and verifies(key, self.signature, self.body(about))
+
+    def to_bytes(self) -> bytes:
+        """The compact form."""
+        return packed(self.name.encode(), self.value, self.signature)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What `to_bytes` wrote; raises `PayloadError`."""
+        name, value, signature = unpacked(data, 3)
+        return cls(_text(name), value, signature)
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from blake3 import blake3
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedkit.crypto.masks import digest_of, packed
 from fedkit.crypto.messages import (
     DIGEST_BYTES,
-    SIGNATURE_BYTES,
-    names_from,
+    Signed,
     require_names,
     require_size,
     unpacked,
-    verifies,
 )
 from fedkit.errors import ConfigError, PayloadError, Reason, Refused
 
@@ -66,44 +63,11 @@ class Question:
         return digest_of(b"fedkit-question-1", *parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    """A member's word, signed with its roster key, that it has uploaded chunks of this digest for one question."""
+class Uploaded(Signed):
+    """A member's word that it has uploaded chunks of this digest; what it is about is a question's digest."""
 
-    name: str
-    digest: bytes
-    signature: bytes
-
-    def __post_init__(self) -> None:
-        """Checks the lengths."""
-        require_names([self.name])
-        require_size("a digest", DIGEST_BYTES, self.digest)
-        require_size("a signature", SIGNATURE_BYTES, self.signature)
-
-    @classmethod
-    def sign(cls, question: Question, name: str, digest: bytes, key: Ed25519PrivateKey) -> Uploaded:
-        """The member's own."""
-        unsigned = cls(name, digest, bytes(SIGNATURE_BYTES))
-        return replace(unsigned, signature=key.sign(unsigned.body(question)))
-
-    def body(self, question: Question) -> bytes:
-        """What is signed."""
-        return packed(b"fedkit-uploaded-1", question.digest, self.name.encode(), self.digest)
-
-    def is_signed(self, question: Question, members: Mapping[str, str]) -> bool:
-        """Whether the member of that name has signed it; `members` as in a roster's version."""
-        key = members.get(self.name)
-        return key is not None and verifies(key, self.signature, self.body(question))
-
-    def to_bytes(self) -> bytes:
-        """The compact form."""
-        return packed(self.name.encode(), self.digest, self.signature)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Uploaded:
-        """What `to_bytes` wrote; raises `PayloadError`."""
-        name, digest, signature = unpacked(data, 3)
-        return cls(names_from(packed(name))[0], digest, signature)
+    __slots__ = ()
+    label = b"fedkit-uploaded-1"
 
 
 @dataclass(frozen=True)
@@ -189,7 +153,7 @@ class DecryptOnce:
         strangers = sorted(set(announced.names) - (set(cohort) & set(members)))
         if strangers:
             raise _refused(f"not of this round's cohort, or not on this site's roster: {', '.join(strangers[:10])}")
-        unsigned = [one.name for one in announced.uploads if not one.is_signed(announced.question, members)]
+        unsigned = [one.name for one in announced.uploads if not one.is_signed(announced.question.digest, members)]
         if unsigned:
             raise _refused(f"uploads that their owners have not signed: {', '.join(unsigned[:10])}")
         before = self.opened.get(announced.question.digest, announced.statement)

@@ -113,8 +113,8 @@ class _Run(JournaledFederation):
         dp = plan.privacy.dp
         of_rows = dp is not None and dp.level == "example"
         private = Private(dp, strategy.visits, int(plan.task.prepare is not None)) if dp and of_rows else None
-        hidden = plan.privacy if plan.privacy.aggregation == "masked" else None
-        about = (strategy.participation, strategy.least, private, plan.shield, hidden)
+        masked = plan.privacy if plan.privacy.aggregation == "masked" else None
+        about = (strategy.participation, strategy.least, private, plan.shield, masked)
         identity = RunIdentity(plan.name, plan.seed, *about)
         super().__init__(identity, transport, journal)
         self._plan = plan
@@ -129,7 +129,7 @@ class _Run(JournaledFederation):
         while self.journal.last() is None:
             await self._assemble(0)
             try:
-                if self.identity.hidden is not None:
+                if self.identity.masked is not None:
                     self.now.contributed(self.clients, await self.summarize(self.clients, RowCount()), None)
                 if isinstance(module, Prepared) and self._plan.task.prepare is not None:
                     moments = await self.summarize(self.clients, self._plan.task.prepare.query)

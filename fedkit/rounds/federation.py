@@ -56,7 +56,7 @@ class RunIdentity:
     least: int = 1
     private: Private | None = None
     shield: Shield | None = None
-    hidden: Privacy | None = None  # where answers are masked: how
+    masked: Privacy | None = None  # where answers are masked: how
 
 
 class _Question:
@@ -177,8 +177,8 @@ class JournaledFederation:
         """
         if self.identity.shield is not None:
             return await self._shielded(self.identity.shield, cohort, Parcel(model, _vectors(send)), work)
-        if self.identity.hidden is not None:
-            return await self._hidden_mean(self.identity.hidden, cohort, Parcel(model, _vectors(send)), work, weights)
+        if self.identity.masked is not None:
+            return await self._masked_mean(self.identity.masked, cohort, Parcel(model, _vectors(send)), work, weights)
         fold = MeanFold(cohort, model.manifest, weights)
         question = self._ask(work, "update", Parcel(model, _vectors(send)), cohort)
         await self._group(question, fold, self.identity.participation)
@@ -187,6 +187,7 @@ class JournaledFederation:
         return mean
 
     async def _shielded(self, shield: Shield, cohort: Collection[str], parcel: Parcel, work: Fit | Gradient) -> Mean:
+        """The noised mean of the clients that privacy has drawn; raises `RunError` for any others, or a second one."""
         if self.now.releases or sorted(cohort) != sorted(self.drawn or ()):
             raise RunError("client-level privacy covers one mean a round, over the clients it has drawn: self.cohort()")
         shield.require(len(self.clients))
@@ -198,22 +199,21 @@ class JournaledFederation:
             rule = Participation(quorum=1, deadline_s=self.identity.participation.deadline_s, max_update_norm=clip.norm)
             await self._group(question, fold, rule, optional=True)
         key = self._secret("noise", question.key)
-        plain = fold.result()
-        released = await self.transport.aside("fold", lambda: shield.released(plain, clip.norm, expected, key))
-        self.now.releases, self.now.clip, self.now.epsilon = 1, released.clip, {EVERY_CLIENT: cost}
-        self.now.contributed(plain.clients, plain.examples, None)
-        return released.mean
+        release = await self.transport.aside("fold", lambda: shield.released(fold.result(), clip.norm, expected, key))
+        self.now.releases, self.now.clip, self.now.epsilon = 1, release.clip, {EVERY_CLIENT: cost}
+        self.now.contributed(release.mean.clients, release.mean.examples, None)
+        return release.mean
 
     # -- masked sums ---------------------------------------------------------------------------------------------------
 
-    async def _hidden_mean(
+    async def _masked_mean(
         self, rule: Privacy, cohort: Collection[str], parcel: Parcel, work: Fit | Gradient, weights: Weighting
     ) -> Mean:
         extras = tuple(sorted((name, vector.size) for name, vector in parcel.extra.items()))
         bits = rule.bits or Layout.bits_for(len(cohort))
         cap = 0 if weights == "uniform" else self._cap()
-        layout = Layout("mean", parcel.model.manifest.size, max(len(cohort), 1), rule.clip, bits, cap, extras)
-        total, clients = await self._hidden(work, parcel, cohort, layout, self.identity.participation)
+        layout = Layout("mean", parcel.model.manifest.size, len(cohort), rule.clip, bits, cap, extras)
+        total, clients = await self._masked_sum(work, parcel, cohort, layout, self.identity.participation)
         mean = await self.transport.aside("fold", lambda: layout.mean(total, clients, parcel.model.manifest))
         self.now.contributed(mean.clients, mean.examples, mean.loss)
         return mean
@@ -228,7 +228,7 @@ class JournaledFederation:
             return 1
         return max(-(-4 * counted.examples // len(counted.clients)), 1)
 
-    async def _hidden(
+    async def _masked_sum(
         self, work: Work, parcel: Parcel, cohort: Collection[str], layout: Layout, rule: Participation
     ) -> tuple[Words, tuple[str, ...]]:
         """The opened sum of the cohort's masked words, and whose they are; scores may be those of nobody."""
@@ -253,10 +253,10 @@ class JournaledFederation:
         except BelowThreshold as error:
             raise BelowThreshold(f"round {self.round}: {error}. {_reasons(self.now.refusals)}".strip()) from None
 
-    async def _hidden_sums(
+    async def _masked_total(
         self, cohort: Collection[str], parcel: Parcel, work: Evaluate | Summarize, layout: Layout, rule: Participation
     ) -> Total:
-        total, clients = await self._hidden(work, parcel, cohort, layout, rule)
+        total, clients = await self._masked_sum(work, parcel, cohort, layout, rule)
         return layout.sums(total, clients)
 
     def _clip(self, shield: Shield) -> float:
@@ -340,31 +340,31 @@ class JournaledFederation:
         if not cohort:
             return None
         rule = Participation(quorum=1, deadline_s=self.identity.participation.deadline_s)
-        if self.identity.hidden is not None:
-            return await self._hidden_scores(cohort, Parcel(model), work, size, rule)
+        if self.identity.masked is not None:
+            return await self._masked_scores(cohort, Parcel(model), work, size, rule)
         fold = SumFold(cohort, size)
         await self._group(self._ask(work, "sums", Parcel(model), cohort), fold, rule, each=each, optional=True)
         return fold.result()
 
-    async def _hidden_scores(
+    async def _masked_scores(
         self, cohort: Collection[str], parcel: Parcel, work: Evaluate, size: int, rule: Participation
     ) -> Total | None:
         """Scores that nobody can see for himself; None where they cannot be had, which costs nothing but them."""
         try:
-            return await self._hidden_sums(cohort, parcel, work, Layout("reals", size, len(cohort)), rule)
+            return await self._masked_total(cohort, parcel, work, Layout("reals", size, len(cohort)), rule)
         except (BelowThreshold, SumSpoiled) as error:
-            self.now.refusals.append(Refusal("", Reason.MASKING, f"no scores: {error}"))
+            self.now.refusals.append(Refusal(EVERY_CLIENT, Reason.MASKING, f"no scores: {error}"))
             return None
 
     async def summarize(self, cohort: Collection[str], query: Query) -> Any:
         """The answer to a query about the cohort's training data; raises `RoundAbandoned` below the quorum."""
         work, parcel, rule = Summarize(query=query), Parcel(_NO_MODEL), self.identity.participation
         total: Total | None
-        if self.identity.hidden is not None:
+        if self.identity.masked is not None:
             if query.size is None:
                 raise ConfigError("sums without public bounds cannot be masked: give the query bounds")
-            layout = Layout("integers", query.size, max(len(cohort), 1))
-            total = await self._hidden_sums(cohort, parcel, work, layout, rule)
+            layout = Layout("integers", query.size, len(cohort))
+            total = await self._masked_total(cohort, parcel, work, layout, rule)
         else:
             fold = SumFold(cohort, query.size)
             question = self._ask(work, "sums", parcel, cohort)

@@ -32,7 +32,7 @@ class Masks:
         """Both."""
         return self.plus, self.minus
 
-    def hide(self, layout: Layout, answer: Answer) -> Update:
+    def mask(self, layout: Layout, answer: Answer) -> Update:
         """The answer as it may leave: masked words. Raises `Refused` where it does not fit the layout."""
         words = layout.encode(answer)
         apply_masks(words, self.plus, self.minus)

@@ -124,9 +124,9 @@ class LocalClient:
             return reply, self._store.state()
         masks, after = self._seat.masks(assignment, parcel.payload_digest, left)
         answer, state = self._worked(assignment, parcel)
-        hidden = masks.hide(masking.layout, answer)
+        masked = masks.mask(masking.layout, answer)
         self._sums[masking.call] = after
-        return hidden, state
+        return masked, state
 
     def _worked(self, assignment: Assignment, parcel: Parcel) -> tuple[Answer, ClientState]:
         try:

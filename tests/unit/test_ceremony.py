@@ -43,8 +43,7 @@ def refused(text: str) -> pytest.RaisesExc:
 
 
 def box(name: str, key: bytes, ceremony: Ceremony = CEREMONY, signer: str = "") -> BoxKey:
-    unsigned = BoxKey(name, key, bytes(64))
-    return replace(unsigned, signature=KEYS[signer or name].sign(unsigned.body(ceremony)))
+    return BoxKey.sign(ceremony.digest, name, key, KEYS[signer or name])
 
 
 def resigned(handover: Handover, signer: str = "ada") -> Handover:
@@ -96,7 +95,7 @@ def test_a_key_that_the_coordinator_puts_under_a_members_name_gets_no_letter() -
     members = recipients()
     offers = [one.offer() for one in members.values()]
     mine = Recipient(CEREMONY, "mal", KEYS["mal"], ROSTER, least=3).offer()
-    swapped = [*offers[:-1], box("dee", mine.key, signer="mal")]
+    swapped = [*offers[:-1], box("dee", mine.value, signer="mal")]
     with refused("not signed: dee"):
         deliver(CEREMONY, secret(0), swapped, key=KEYS["ada"], members=ROSTER, least=3)
     with refused("roster: mal"):
@@ -111,7 +110,7 @@ def test_a_key_from_another_ceremony_gets_no_letter() -> None:
         replace(CEREMONY, keyholder="bea"),
         replace(CEREMONY, scheme=ckks.Parameters(4).scheme),
     ):
-        stale = box("dee", offers[-1].key, other)
+        stale = box("dee", offers[-1].value, other)
         with refused("not signed: dee"):
             deliver(CEREMONY, secret(0), [*offers[:-1], stale], key=KEYS["ada"], members=ROSTER, least=3)
 

@@ -21,7 +21,7 @@ SUM = digest_of_chunks([b"a", b"sum"])
 
 
 def announced(names: Iterable[str] = NAMES, question: Question = QUESTION, digest: bytes = SUM) -> Announced:
-    uploads = [Uploaded.sign(question, name, digest_of_chunks([name.encode()]), KEYS[name]) for name in names]
+    uploads = [Uploaded.sign(question.digest, name, digest_of_chunks([name.encode()]), KEYS[name]) for name in names]
     return Announced(question, tuple(uploads), digest)
 
 
@@ -76,7 +76,7 @@ def test_members_count_only_where_the_cohort_and_the_roster_know_them_and_they_h
         once.allow(announced(), SUM, cohort=NAMES[:3], members=ROSTER)
     told = announced()
     stale = announced(question=replace(QUESTION, round=2)).uploads[3]
-    for false in (replace(told.uploads[3], signature=bytes(64)), replace(told.uploads[3], digest=bytes(32)), stale):
+    for false in (replace(told.uploads[3], signature=bytes(64)), replace(told.uploads[3], value=bytes(32)), stale):
         with refused("not signed: dee"):
             allowed(once, replace(told, uploads=(*told.uploads[:3], false)))
     with pytest.raises(PayloadError, match="once"):
