@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from bench.rehearsal import rehearse
 from bench.table import Figure, show
 from fedkit.crypto.graph import Assumptions, plan
 from fedkit.crypto.masked_sum import Step, Sum
 from fedkit.crypto.member import Member
 from fedkit.crypto.messages import Session, Told, Unmasking
-from fedkit.crypto.rehearsal import rehearse
 from fedkit.crypto.ring import FULL_WEIGHT, FixedPoint, Ring, Words
 from fedkit.crypto.shamir import SHARE_BYTES
 from fedkit.trust.signing import public_of

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from blake3 import blake3
 
 from fedkit.aggregation import Mean, Total
 from fedkit.crypto.ring import FULL_WEIGHT, FixedPoint, Integers, Reals, Ring, Words, weight_of
@@ -80,11 +79,6 @@ class Layout:
         """How many words an answer becomes."""
         limbs = self._integers.limbs
         return self._values + 1 + limbs * _EXACT if self.kind == "mean" else limbs * (self.size + 1)
-
-    @property
-    def digest(self) -> bytes:
-        """BLAKE3 of all of it, 32 bytes."""
-        return blake3(json.dumps(asdict(self), sort_keys=True).encode()).digest()
 
     def error_bound(self, clients: int, weight: int) -> float:
         """How far an element of the mean over `clients` may be off, whose weights in 1/4096 add up to `weight`."""

@@ -251,6 +251,16 @@ def test_a_site_without_a_roster_takes_no_part(tmp_path: Path) -> None:
         trained(running, FedAvg(rounds=1, local=FIT), min_clients=3)
 
 
+def test_a_site_with_more_rows_than_it_may_claim_takes_no_part(tmp_path: Path) -> None:
+    few = tmp_path / "few.toml"
+    few.write_text("max_examples = 5\n")
+    with (
+        started(tmp_path / "federation", client_options=["--config", str(few)]) as running,
+        pytest.raises(RunFailed, match="rows, but max_examples is 5"),
+    ):
+        trained(running, FedAvg(rounds=1, local=FIT))
+
+
 def test_nothing_of_a_sum_is_kept_when_its_round_is_over(federation: Hatched) -> None:
     trained(federation, FedAvg(rounds=1, local=FIT))
     federation.stop()

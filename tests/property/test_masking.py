@@ -10,11 +10,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.rehearsal import rehearse
 from fedkit.crypto.graph import Assumptions
 from fedkit.crypto.masked_sum import Step, Sum
 from fedkit.crypto.member import Member
 from fedkit.crypto.messages import Session, Told
-from fedkit.crypto.rehearsal import rehearse
 from fedkit.crypto.ring import FixedPoint, Ring
 from fedkit.errors import BelowThreshold
 from fedkit.trust.signing import public_of

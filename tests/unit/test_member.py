@@ -366,37 +366,39 @@ def test_secrets_are_in_no_repr() -> None:
         assert not any(repr(secret)[2:-1] in text or secret.hex() in text for secret in secrets)
 
 
+def restart(federation: Federation) -> None:
+    """All members are killed, and made again from what they kept."""
+    for name, member in list(federation.members.items()):
+        federation.members[name] = Member.restore(member.to_bytes(), SESSION, name, KEYS[name], ROSTER)
+        assert federation.members[name].to_bytes() == member.to_bytes()
+
+
 def test_a_member_takes_up_where_it_was_killed_and_answers_the_same() -> None:
-    federation, again = Federation(), {}
-
-    def restart() -> None:
-        for name, member in list(federation.members.items()):
-            again[name] = member
-            federation.members[name] = Member.restore(member.to_bytes(), SESSION, name, KEYS[name], ROSTER)
-            assert federation.members[name].to_bytes() == member.to_bytes()
-
-    restart()
+    federation = Federation()
+    restart(federation)
     cohort = federation.advertised()
     before = {name: member.share(cohort) for name, member in federation.members.items()}
-    restart()
+    restart(federation)
     for name, member in federation.members.items():
         assert member.share(cohort) == before[name]
         federation.masked.share(name, before[name])
     federation.masked.close_shares()
-    restart()
+    restart(federation)
     for name in NAMES[:4]:
         federation.mask(name, NAMES)
         federation.masked.deliver(name, SIZE + 1)
     survivors = federation.masked.close_vectors()
-    restart()
+    restart(federation)
     with refuses("masked before"):
         federation.mask("ada", NAMES)
     signatures = federation.signatures(survivors)
-    restart()
+    restart(federation)
     with refuses("told other survivors before"):
         federation.members["ada"].confirm(NAMES)
     assert federation.signatures(survivors) == signatures
-    assert federation.members["ada"].unmask(signatures) == again["ada"].unmask(signatures)
+    given = federation.members["ada"].unmask(signatures)
+    restart(federation)
+    assert federation.members["ada"].unmask(signatures) == given
     total = federation.opened(survivors)
     assert total.tolist() == np.sum([vector_of(name) for name in survivors], axis=0, dtype=np.uint32).tolist()
 

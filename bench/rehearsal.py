@@ -1,4 +1,4 @@
-"""A whole masked sum in one process, for simulation, tests and figures: every message is made, and nothing is sent."""
+"""A whole masked sum in one process, for tests and figures: every message is made, and nothing is sent."""
 
 from __future__ import annotations
 
