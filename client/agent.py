@@ -88,7 +88,7 @@ class Agent:
         self._roster = roster
         self._permits = permits
         self._instance = secrets.token_bytes(16)
-        self._masking: set[str] = set()  # masked sums of which a vector is being worked out
+        self._masking: set[str] = set()  # masked sums of which a step is being taken
         self._errands: dict[str, _Errand] = {}
         self._line: Line | None = None
         self._stopping = asyncio.Event()
@@ -302,24 +302,24 @@ class Agent:
         message = errand.message
         assignment = convert.assignment_from_proto(message, self._settings.name)
         await self._permits.admit(message, assignment)
-        if assignment.returns == "reply":
-            await self._reply(assignment)
-            return
         with self._alone(assignment):
-            await self._work_out(errand, assignment)
+            if assignment.returns == "reply":
+                await self._reply(assignment)
+            else:
+                await self._work_out(errand, assignment)
 
     @contextlib.contextmanager
     def _alone(self, assignment: Assignment) -> Iterator[None]:
-        """One vector of a masked sum at a time: two under the same masks would tell their difference.
+        """One step of a masked sum at a time; once it is stored, the seat refuses another one in its place.
 
-        Once one is stored, the seat refuses another.
+        Two vectors under the same masks would tell their difference, and two lists of survivors both kinds of shares.
         """
         if assignment.masking is None:
             yield
             return
         call = assignment.masking.call
         if call in self._masking:
-            raise Refused(Reason.MASKING, "another vector of that sum is being worked out")
+            raise Refused(Reason.MASKING, "another step of that sum is being taken")
         self._masking.add(call)
         try:
             yield

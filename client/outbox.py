@@ -234,6 +234,7 @@ def _opened(folder: Path) -> sqlite3.Connection:
             db = undo.enter_context(contextlib.closing(sqlite3.connect(path, _PATIENCE_S, isolation_level=None)))
             db.execute("PRAGMA locking_mode=EXCLUSIVE")
             db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA secure_delete=ON")  # of seats' secrets nothing stays in free pages
             db.executescript(_SCHEMA)
         except OSError as error:
             raise StorageError(f"{folder}: {error.strerror}; the agent must be able to write to its folder") from None

@@ -21,7 +21,7 @@ from fedkit.crypto.member import Member
 from fedkit.crypto.messages import Advertised, Cohort
 from fedkit.errors import RoundAbandoned, RunFailed
 from fedkit.rounds import masked as rounds_masked
-from fedkit.rounds.masked import Asked, MaskedSum, WordsFold
+from fedkit.rounds.masked import Asked, MaskedSum, RepliesFold, WordsFold
 from fedkit.server.process import CoordinatorSettings
 from fedkit.strategies import FedAvg, FedSGD, Scaffold
 from tests.network import steps, tasks
@@ -218,26 +218,47 @@ def lie_watch(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return given
 
 
-def test_nobody_masks_two_vectors_of_one_sum(lying: Lying, monkeypatch: pytest.MonkeyPatch) -> None:
-    init, answered = MaskedSum.__init__, []
+def at_once(monkeypatch: pytest.MonkeyPatch, step: str, other: Any) -> list[tuple[str, bytes]]:
+    """From now on the coordinator asks `step` of each mean twice at once, and once more; who answered to what."""
+    init: Any = MaskedSum.__init__
+    answered: list[tuple[str, bytes]] = []
 
-    def twice(self: MaskedSum, masked: Any, ask: Any, *rest: Any) -> None:
+    def thrice(self: MaskedSum, masked: Any, ask: Any, *rest: Any) -> None:
         async def told(asked: Asked) -> None:
-            if asked.step != "vector" or masked.session.round <= 1:
+            if asked.step != step or masked.session.round <= 1:
                 await ask(asked)
                 return
-            folds = [WordsFold(list(asked.messages), asked.fold._words) for _ in range(3)]
-            for pair in (folds[:2], folds[2:]):  # at the same time, and once more when they are stored
-                await asyncio.gather(*(ask(replace(asked, fold=fold)) for fold in pair), return_exceptions=True)
-            answered.extend(client for fold in folds for client in fold.clients)
+            tries = [other(asked), asked, other(asked)]
+            for together in (tries[:2], tries[2:]):
+                await asyncio.gather(*map(ask, together), return_exceptions=True)
+            answered.extend((client, one.messages[client]) for one in tries for client in one.fold.clients)
             raise RoundAbandoned("enough was asked.")
 
         init(self, masked, told, *rest)
 
-    monkeypatch.setattr(rounds_masked.MaskedSum, "__init__", twice)
+    monkeypatch.setattr(rounds_masked.MaskedSum, "__init__", thrice)
+    return answered
+
+
+def same_vector(asked: Asked) -> Asked:
+    return replace(asked, fold=WordsFold(list(asked.messages), asked.fold._words))
+
+
+def shorter_list(asked: Asked) -> Asked:
+    names = sorted(asked.messages)[:-1]
+    told = dict.fromkeys(names, packed(*(name.encode() for name in names)))
+    return replace(asked, messages=told, fold=RepliesFold(names))
+
+
+@pytest.mark.parametrize(("step", "other"), [("vector", same_vector), ("confirm", shorter_list)])
+def test_nobody_takes_a_step_of_one_sum_twice(
+    lying: Lying, monkeypatch: pytest.MonkeyPatch, step: str, other: Any
+) -> None:
+    answered = at_once(monkeypatch, step, other)
     with pytest.raises(RunFailed, match="enough was asked"):
         trained(lying, FedAvg(rounds=1, local=FIT, participation=fedkit.Participation(attempts=1)))
-    assert sorted(answered) == sorted(CLIENTS)
+    told = answered if step == "vector" else set(answered)  # the same list may be signed again, a vector is made once
+    assert sorted(name for name, _ in told) == list(CLIENTS)
 
 
 # -- sites -------------------------------------------------------------------------------------------------------------
