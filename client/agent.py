@@ -25,8 +25,9 @@ from fedkit.client.outbox import Outbox, Stored
 from fedkit.client.permits import Permits
 from fedkit.client.roster import KnownRoster
 from fedkit.client.settings import AgentSettings
-from fedkit.client.trainers import Job, Trainers
+from fedkit.client.trainers import Job, KeyJob, Trainers
 from fedkit.codec import CHUNK_BYTES
+from fedkit.crypto.encrypted import SecretKey
 from fedkit.errors import PayloadError, Reason, Refused, RunError, StorageError, TrustError
 from fedkit.logs import where
 from fedkit.protos import agents_pb2 as pb
@@ -35,7 +36,8 @@ from fedkit.protos.channels import aio_channel, require_reachable
 from fedkit.protos.failures import meant
 from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, Calls
 from fedkit.rounds.assignment import Assignment
-from fedkit.rounds.seat import Masks
+from fedkit.rounds.layout import Layout
+from fedkit.rounds.seat import Cover
 from fedkit.trust.diagnosis import diagnose
 from fedkit.trust.identity import Identity
 from fedkit.weights import Manifest
@@ -328,10 +330,10 @@ class Agent:
 
     async def _work_out(self, errand: _Errand, assignment: Assignment) -> None:
         message = errand.message
-        masks, seat = await self._masks(message, assignment)
+        cover, seat = await self._cover(message, assignment)
         async with self._trainers.place() as perform:
             fetched = await self._fetch(errand) if message.model_bytes else None
-            job, report = self._job(message, fetched, masks), functools.partial(self._report, message.id)
+            job, report = self._job(message, fetched, cover), functools.partial(self._report, message.id)
             performing = perform(job, report, functools.partial(self._reserve, assignment, message.task))
             outcome = await self._permits.during(performing)
         is_private = assignment.private is not None
@@ -367,26 +369,38 @@ class Agent:
         return {}
 
     async def _reply(self, assignment: Assignment) -> None:
-        """One step of a masked sum in which nothing is worked out: its answer is stored with what it leaves."""
+        """One step of a sum in secret in which nothing is worked out: its answer is stored with what it leaves."""
         seat, masking = self._permits.seat(), assignment.masking
         assert masking is not None  # it is asked for a reply
-        reply, left = await asyncio.to_thread(seat.reply, assignment, self._outbox.seat(masking.call))
+        secret = await self._made_key(assignment.id, masking.layout) if masking.step == "deliver" else None
+        reply, left = await asyncio.to_thread(seat.reply, assignment, self._outbox.seat(masking.call), secret)
         text = base64.b64encode(reply.message).decode()
         stored = Stored(assignment.id, assignment.run, 0, sums=[text], kind="reply")
-        self._outbox.put(stored, has_state=False, seat=(masking.call, left))
+        self._outbox.put(stored, has_state=False, seat=(masking.call, left), vow=seat.vow(assignment, left))
 
-    async def _masks(
+    async def _made_key(self, key: str, layout: Layout) -> SecretKey:
+        """A key for an encrypted sum, made where native code may crash."""
+        scheme = layout.encryption
+        async with self._trainers.place() as perform:
+            made = await perform(KeyJob(key, scheme), lambda *_: None, lambda _: {})
+        if "refused" in made:
+            raise Refused(Reason(made["refused"]), made["detail"])
+        return SecretKey(scheme, base64.b64decode(made["key"]))
+
+    async def _cover(
         self, message: pb.Assignment, assignment: Assignment
-    ) -> tuple[Masks | None, tuple[str, bytes] | None]:
-        """The masks that go on the answer, and what they leave; neither where it is not for a masked sum."""
+    ) -> tuple[Cover | None, tuple[str, bytes] | None]:
+        """What goes on the answer, and what that leaves; neither where it is not for a sum in secret."""
         masking = assignment.masking
         if masking is None:
             return None, None
-        about = (assignment, message.model_digest, self._outbox.seat(masking.call))
-        masks, left = await asyncio.to_thread(self._permits.seat().masks, *about)
-        return masks, (masking.call, left)
+        seat, before = self._permits.seat(), self._outbox.seat(masking.call)
+        cover, left = await asyncio.to_thread(seat.cover, assignment, message.model_digest, before)
+        if masking.step == "open":  # on record before it is done
+            log.info("sum opened", client=self._settings.name, **seat.facts(assignment, left))
+        return cover, (masking.call, left)
 
-    def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None, masks: Masks | None) -> Job:
+    def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None, cover: Cover | None) -> Job:
         return Job(
             id=message.id,
             assignment=message.SerializeToString(),
@@ -395,7 +409,7 @@ class Agent:
             out=self._outbox.path(message.id),
             spare=self._outbox.spare,
             out_state=self._outbox.state_path(message.id),
-            masks=masks,
+            cover=cover,
         )
 
     def _log_failure(self, message: pb.Assignment, outcome: dict[str, Any]) -> None:

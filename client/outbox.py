@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fedkit.codec import CHUNK_BYTES
-from fedkit.errors import ConfigError, StorageError
+from fedkit.errors import ConfigError, Reason, Refused, StorageError
 from fedkit.spool import payload_digest
 from fedkit.work import MetricSums, Reply, Summary
 
@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS results (
 CREATE TABLE IF NOT EXISTS settled (id TEXT PRIMARY KEY, accepted INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS states (run TEXT PRIMARY KEY, file TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS seats (call TEXT PRIMARY KEY, kept BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS vows (question BLOB PRIMARY KEY, statement BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS calls (id TEXT PRIMARY KEY, call TEXT NOT NULL) WITHOUT ROWID;
 """
 
@@ -145,13 +146,20 @@ class Outbox:
         return None if row is None else bytes(row[0])
 
     def put(
-        self, stored: Stored, *, has_state: bool, durable: bool = False, seat: tuple[str, bytes] | None = None
+        self,
+        stored: Stored,
+        *,
+        has_state: bool,
+        durable: bool = False,
+        seat: tuple[str, bytes] | None = None,
+        vow: tuple[bytes, bytes] | None = None,
     ) -> None:
         """Stores a result whose files are in place, with the state it leaves.
 
         A `durable` one outlives a power loss as one with state does: what cost privacy must not be worked out again.
         `seat` is what it leaves of a masked sum (its call, secrets), which is durable with it, and gone when the round
-        is over.
+        is over. `vow` is a question and what is said to it, for ever: raises `Refused`, and stores nothing, where
+        something else was said before.
         """
         durable = durable or seat is not None
         if has_state:
@@ -161,6 +169,7 @@ class Outbox:
         self._db.execute(f"PRAGMA synchronous={'FULL' if has_state or durable else 'NORMAL'}")
         facts = json.dumps({name: getattr(stored, name) for name in Stored.__slots__})
         with _transaction(self._db):
+            self._keep_vow(vow)
             self._db.execute(
                 "INSERT OR REPLACE INTO results (id, run, facts, has_state) VALUES (?, ?, ?, ?)",
                 (stored.id, stored.run, facts, has_state),
@@ -169,6 +178,14 @@ class Outbox:
                 self._db.execute("INSERT OR REPLACE INTO seats VALUES (?, ?)", seat)
                 self._db.execute("INSERT OR REPLACE INTO calls VALUES (?, ?)", (stored.id, seat[0]))
         self._verified.add(stored.id)
+
+    def _keep_vow(self, vow: tuple[bytes, bytes] | None) -> None:
+        if vow is None:
+            return
+        before = self._db.execute("SELECT statement FROM vows WHERE question = ?", vow[:1]).fetchone()
+        if before is not None and bytes(before[0]) != vow[1]:
+            raise Refused(Reason.ENCRYPTION, "another sum of that round was signed before")
+        self._db.execute("INSERT OR IGNORE INTO vows VALUES (?, ?)", vow)
 
     def settle(self, accepted: Iterable[str], dropped: Iterable[str]) -> None:
         """Accepted results stand and may go; dropped ones are undone. What is not here is only remembered."""

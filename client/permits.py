@@ -61,7 +61,8 @@ class Permits:
         """Raises `Refused` unless the policy allows the assignment, now too, which then counts as asked."""
         self._require(message, assignment)
         await self._require_moment(at_work=False)
-        if assignment.returns == "reply" or counts_rows(assignment.work):
+        is_step = assignment.masking is not None and assignment.masking.step not in ("vector", "encrypt")
+        if is_step or counts_rows(assignment.work):
             return  # what this is for counts, or nothing does
         question = blake3(message.summarize.SerializeToString(deterministic=True)).hexdigest()
         at = (assignment.id, assignment.run, assignment.round)
@@ -93,19 +94,22 @@ class Permits:
 
     def _aggregation(self, message: pb.Assignment, assignment: Assignment) -> str:
         """How the answer is really added up: to do it in secret takes this side, not a coordinator's word."""
-        said, found = message.aggregation or "plain", "plain" if assignment.masking is None else "masked"
+        masking = assignment.masking
+        said, found = message.aggregation or "plain", "plain" if masking is None else masking.layout.scheme
         if said != found:
             raise Refused(Reason.POLICY, f"aggregation: the run is said to be {said:.20}, and this answer is {found}")
-        if assignment.masking is not None:
+        if masking is not None:
             self.seat()
+        if found == "ckks":
+            raise Refused(Reason.ENCRYPTION, "ckks shows its key to whoever gets decrypted values: use bfv")
         return found
 
     def seat(self) -> Seat:
-        """This site's seat in masked sums; raises `Refused` where it cannot have one."""
+        """This site's seat in sums in secret; raises `Refused` where it cannot have one."""
         found = self._roster.seat(self.policy.min_cohort)
         if found is None:
             raise Refused(
-                Reason.MASKING, "masked sums are over members of this site's roster: give --roster, --identity"
+                Reason.MASKING, "sums in secret are over members of this site's roster: give --roster, --identity"
             )
         return found
 

@@ -17,11 +17,12 @@ from typing import Any, TypeAlias, TypeVar
 import structlog
 
 from fedkit.client.nursery import Nursery
+from fedkit.crypto.chunks import Scheme
 from fedkit.errors import Reason, Refused
-from fedkit.rounds.seat import Masks
+from fedkit.rounds.seat import Cover
 from fedkit.weights import Manifest
 
-__all__ = ["Job", "Trainers"]
+__all__ = ["Job", "KeyJob", "Trainers"]
 
 log = structlog.get_logger("fedkit.client")
 
@@ -44,15 +45,15 @@ class Job:
     out: Path
     spare: Path  # may be there, and may be made into `out`
     out_state: Path
-    masks: Masks | None = None  # that go on the answer
+    cover: Cover | None = None  # that goes on the answer, or opens the sum
 
     def message(self, known: set[str]) -> dict[str, Any]:
         """The job as a worker reads it that has seen the manifests with the digests `known`; adds its own to them."""
         found: dict[str, Any] = {"id": self.id, "assignment": base64.b64encode(self.assignment).decode()}
         found |= {"state": None if self.state is None else str(self.state), "model": None}
         found |= {"out": str(self.out), "spare": str(self.spare), "out_state": str(self.out_state)}
-        if self.masks is not None:
-            found["masks"] = [[base64.b64encode(key).decode() for key in keys] for keys in self.masks.keys]
+        if self.cover is not None:
+            found["cover"] = [[base64.b64encode(one).decode() for one in some] for some in self.cover.secrets]
         if self.model is not None:
             path, manifest = self.model
             found |= {"model": str(path), "manifest_digest": manifest.digest}
@@ -60,6 +61,19 @@ class Job:
                 known.add(manifest.digest)
                 found["manifest"] = manifest.to_json()
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class KeyJob:
+    """That a worker makes the key of an encrypted sum, which native code does."""
+
+    id: str
+    scheme: Scheme
+
+    def message(self, _: set[str]) -> dict[str, Any]:
+        """The job as a worker reads it."""
+        scheme = self.scheme
+        return {"id": self.id, "make_key": [scheme.name, scheme.cohort, scheme.modulus, scheme.scale]}
 
 
 class _Died(Exception):
@@ -121,7 +135,7 @@ class Trainers:
             self._free.put_nowait(None)
 
     @contextlib.asynccontextmanager
-    async def place(self) -> AsyncIterator[Callable[[Job, Progress, Reserve], Any]]:
+    async def place(self) -> AsyncIterator[Callable[[Job | KeyJob, Progress, Reserve], Any]]:
         """A free worker: `perform(job, progress, reserve)` gives the outcome or raises `Refused`."""
         worker = await self._free.get()
         slot = [worker]
@@ -131,7 +145,7 @@ class Trainers:
             self._free.put_nowait(slot[0])
 
     async def _perform(
-        self, slot: list[_Worker | None], job: Job, progress: Progress, reserve: Reserve
+        self, slot: list[_Worker | None], job: Job | KeyJob, progress: Progress, reserve: Reserve
     ) -> dict[str, Any]:
         worker = slot[0] = await self._alive_or_new(slot[0])
         worker.send(job.message(worker.known))
@@ -160,7 +174,7 @@ class Trainers:
         self._alive.add(worker)
         return worker
 
-    async def _stop(self, worker: _Worker, job: Job) -> _Worker | None:
+    async def _stop(self, worker: _Worker, job: Job | KeyJob) -> _Worker | None:
         """The worker, once it has stopped by itself; None where it had to be killed."""
         worker.send({"cancel": job.id})
         try:

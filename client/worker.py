@@ -26,7 +26,9 @@ import numpy as np
 import torch
 
 from fedkit.codec import CHUNK_BYTES
-from fedkit.errors import Reason, Refused
+from fedkit.crypto.chunks import Scheme
+from fedkit.crypto.encrypted import SecretKey
+from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.gate import Verdict
 from fedkit.logs import where
 from fedkit.packing import pack, unpack
@@ -36,7 +38,8 @@ from fedkit.process import tune_malloc
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert
 from fedkit.rounds.assignment import Assignment, Parcel, Private
-from fedkit.rounds.seat import Masks
+from fedkit.rounds.layout import Layout
+from fedkit.rounds.seat import Cover, Key, cover_from
 from fedkit.spool import payload_digest
 from fedkit.task import Task
 from fedkit.trainer.trainer import ClientState, Trainer
@@ -137,10 +140,14 @@ class _Worker:
             return {"refused": Reason.FAILED.value, "detail": type(error).__name__, "where": where(error)[-3:]}
 
     def _do(self, job: dict[str, Any]) -> dict[str, Any]:
+        if "make_key" in job:
+            return _made_key(job["make_key"])
         message = pb.Assignment.FromString(base64.b64decode(job["assignment"]))
         assignment = convert.assignment_from_proto(message, self._outfit.client)
         state: ClientState = {} if job["state"] is None else unpack(Path(job["state"]).read_bytes())
         parcel = self._parcel(job, message)
+        if assignment.masking is not None and assignment.masking.step == "open":
+            return _opened(job, assignment, assignment.masking.layout, parcel)
         self._watch(0, 0)
         trainer, policy = self._trainer(message), self._outfit.policy
         plan, private = None, assignment.private
@@ -152,7 +159,7 @@ class _Worker:
         noisy: dict[str, Any] = {} if plan is None else {"private": plan.training, "question": plan.cost}
         answer, after = trainer.perform(assignment, parcel, state, **noisy)
         allowed = _allowed(policy, trainer, assignment, parcel, answer)
-        answer = _masked(job, assignment, allowed)
+        answer = _covered(job, assignment, allowed)
         with contextlib.suppress(FileNotFoundError):
             os.replace(job["spare"], job["out"])
         manifest = assignment.answer_manifest(parcel.model.manifest)
@@ -213,12 +220,35 @@ class _Worker:
             write_message(self._sock, {"id": self._current, "done": done, "total": total})
 
 
-def _masked(job: Mapping[str, Any], assignment: Assignment, answer: Answer) -> Answer:
-    """The answer under the masks that the agent has made for it, where it is for a masked sum."""
-    if assignment.masking is None:
-        return answer
-    plus, minus = (tuple(map(base64.b64decode, keys)) for keys in job["masks"])
-    return Masks(plus, minus).mask(assignment.masking.layout, answer)
+def _made_key(about: list[Any]) -> dict[str, Any]:
+    """The key of an encrypted sum."""
+    name, cohort, modulus, scale = about
+    try:
+        key = SecretKey.make(Scheme(name, cohort, modulus=modulus, scale=scale))
+    except ConfigError as error:
+        raise Refused(Reason.ENCRYPTION, str(error)) from None
+    return {"key": base64.b64encode(key.data).decode()}
+
+
+def _cover(job: Mapping[str, Any], layout: Layout) -> Cover:
+    """What the agent has made for this answer."""
+    plus, minus = (tuple(map(base64.b64decode, some)) for some in job["cover"])
+    return cover_from(layout, plus, minus)
+
+
+def _covered(job: Mapping[str, Any], assignment: Assignment, answer: Answer) -> Answer:
+    """The answer as nobody can read it, where it is for a sum in secret."""
+    masking = assignment.masking
+    return answer if masking is None else _cover(job, masking.layout).cover(masking.layout, answer)
+
+
+def _opened(job: dict[str, Any], assignment: Assignment, layout: Layout, parcel: Parcel) -> dict[str, Any]:
+    """Opens an encrypted sum."""
+    cover = _cover(job, layout)
+    assert isinstance(cover, Key)  # of that step
+    answer = cover.opened(layout, parcel.model)
+    manifest = assignment.answer_manifest(parcel.model.manifest)
+    return _write_update(answer, manifest, Path(job["out"])) | {"rows": 0, "has_state": False}
 
 
 def _allowed(policy: Policy, trainer: Trainer, assignment: Assignment, parcel: Parcel, answer: Answer) -> Answer:

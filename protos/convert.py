@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from fedkit.errors import ConfigError, PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.queries import Histogram, LabelCounts, Moments, Query, RowCount
-from fedkit.rounds.assignment import Assignment, Clip, Masking, MaskStep, Parcel, Private, Returns
+from fedkit.rounds.assignment import WORDS_STEPS, Assignment, Clip, Masking, MaskStep, Parcel, Private, Returns
 from fedkit.rounds.layout import Layout
 from fedkit.trust.vouchers import Voucher
 from fedkit.weights import Manifest
@@ -47,7 +47,6 @@ _MAX_EXTRAS = 16
 _MOST_VISITS = 1_000_000
 _MOST_QUESTIONS = 5  # each has a sixth of epsilon
 _COUNTS = ("visits", "questions")
-_REPLIES: tuple[MaskStep, ...] = ("advertise", "share", "confirm", "unmask")
 _DP_FIELDS = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
 
 _RETURNS: dict[Returns, Any] = {
@@ -180,14 +179,13 @@ def assignment_from_proto(message: pb.Assignment, client: str) -> Assignment:
 
 def _masking(message: pb.Assignment) -> Masking | None:
     if message.HasField("masking") != (message.returns in (pb.WORDS, pb.REPLY)):
-        raise PayloadError(f"assignment {message.id}: words and replies belong to masked sums")
+        raise PayloadError(f"assignment {message.id}: words and replies belong to sums in secret")
     if not message.HasField("masking"):
         return None
     found = message.masking
-    steps: tuple[MaskStep, ...] = ("vector",) if message.returns == pb.WORDS else _REPLIES
-    step = next((one for one in steps if one == found.step), None)
-    if step is None or not _ID.fullmatch(found.call):
-        raise PayloadError(f"assignment {message.id}: there is no such step of a masked sum")
+    step = next((one for one in get_args(MaskStep) if one == found.step), None)
+    if step is None or (step in WORDS_STEPS) != (message.returns == pb.WORDS) or not _ID.fullmatch(found.call):
+        raise PayloadError(f"assignment {message.id}: there is no such step of a sum in secret")
     return Masking(found.call, step, Layout.from_json(found.layout), found.message)
 
 

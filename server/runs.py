@@ -22,6 +22,7 @@ from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome, Plan, conduct
 from fedkit.rounds.journal import RoundRecord
 from fedkit.runfile import RunFile
+from fedkit.server.adder import AddingProcess
 from fedkit.server.attendance import Attendance
 from fedkit.server.blobs import Blobs
 from fedkit.server.database import Database, StoredRun
@@ -79,6 +80,7 @@ class Runs:
         self._metrics = metrics
         self._tasks = tasks
         self._room = Room(_ROOM_BYTES)
+        self._adder = AddingProcess()
         self._live: dict[str, _Live] = {}
 
     # -- beginning and ending ------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ class Runs:
         holds_out_valid = file.evaluate is not None or strategy.needs_valid
         terms = Terms(stored.id, task.name, type(strategy).__name__, holds_out_valid, file.privacy.aggregation)
         spool = self._folder / "spool" / stored.id
-        transport = RunTransport(terms, self._attendance, self._database, spool, self._metrics, self._room)
+        transport = RunTransport(terms, self._attendance, self._database, spool, self._metrics, self._room, self._adder)
         live = self._live[stored.name] = _Live(stored.name, transport, self._journal(stored, transport.spares.give))
         plan = Plan(
             name=stored.id,
@@ -215,6 +217,7 @@ class Runs:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._adder.close()
 
     # -- looking -------------------------------------------------------------------------------------------------------
 

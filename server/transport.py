@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 import time
 import weakref
@@ -14,14 +15,18 @@ from typing import Literal, Protocol, TypeVar
 
 import structlog
 
+from fedkit.crypto.chunks import Scheme
+from fedkit.crypto.ring import Words
 from fedkit.errors import Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.convert import assignment_to_proto, voucher_to_proto
 from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.server.adder import AddingProcess
 from fedkit.server.attendance import Attendance, Away
 from fedkit.server.errands import Errand, Published
 from fedkit.server.metrics import Metrics
-from fedkit.spool import Room, Spares, Spool
+from fedkit.spool import Room, Spares, Spool, Spooled
+from fedkit.weights import Weights
 from fedkit.work import Answer
 
 __all__ = ["Fates", "RunTransport", "Terms"]
@@ -57,7 +62,14 @@ class RunTransport:
     """Asks agents on behalf of one run. `room` or `folder` takes the answers' bytes as they arrive."""
 
     def __init__(
-        self, terms: Terms, attendance: Attendance, fates: Fates, folder: Path, metrics: Metrics, room: Room
+        self,
+        terms: Terms,
+        attendance: Attendance,
+        fates: Fates,
+        folder: Path,
+        metrics: Metrics,
+        room: Room,
+        adder: AddingProcess,
     ) -> None:
         self.waits_for = ""  # for people: who is missing before the run can go on
         self._terms = terms
@@ -66,10 +78,14 @@ class RunTransport:
         self._folder = folder
         self._metrics = metrics
         self._room = room
+        self._adder = adder
+        self._sums = itertools.count()
         self._asked: dict[str, str] = {}
         self._model_bytes = 0
         self._published: weakref.WeakValueDictionary[int, Published] = weakref.WeakValueDictionary()
         folder.mkdir(parents=True, exist_ok=True)
+        if terms.aggregation == "bfv":
+            adder.start()
         self.spares = Spares(folder, _SPARES)
 
     def present(self) -> list[str]:
@@ -94,6 +110,15 @@ class RunTransport:
         """What `work()` returns: small models at once, large ones from a thread, so that streams go on meanwhile."""
         with self._metrics.seconds.labels(phase=phase).time():
             return work() if self._model_bytes <= _SMALL_BYTES else await asyncio.to_thread(work)
+
+    async def add_up(
+        self, scheme: Scheme, fingerprint: bytes, values: int, uploads: Mapping[str, Weights]
+    ) -> tuple[Words, dict[str, str]]:
+        """The sum of uploads, added in a process of its own."""
+        paths = {name: _path_of(weights) for name, weights in uploads.items()}
+        out = self._folder / f"{next(self._sums)}.sum"
+        with self._metrics.seconds.labels(phase="fold").time():
+            return await self._adder.add_up(scheme, fingerprint, values, paths, out)
 
     async def assemble(self, least: int) -> None:
         """Returns when `least` clients are here and nobody is missing who went away a moment ago."""
@@ -203,3 +228,10 @@ class RunTransport:
         self.spares.give(self._folder / key)
         Spool.forget(self._folder / key)
         return self._asked.pop(key, "")
+
+
+def _path_of(weights: Weights) -> Path:
+    """The file in which an upload lies, or is put now."""
+    assert isinstance(weights, Spooled)  # as everything that an agent sends
+    weights.payload.save()
+    return weights.payload.path

@@ -1,14 +1,15 @@
-"""How a run's secret key comes to the clients that encrypt with it, past a coordinator that must not have it.
+"""How the key of an encrypted sum comes to the clients that use it, past a coordinator that must not have it.
 
-Values in, values out, as in `fedkit.crypto.member`: whoever calls this moves the messages and keeps the state.
+Values; `fedkit.crypto.holder` is what a member does with them. Each sum has a key of its own, which its members forget
+when the round is over.
 
-1. `Recipient.offer`: every member, the keyholder among them, makes a key for one letter, signed with its roster key.
-2. `deliver`: the keyholder, who has made the run's key, signs who gets which key (by its fingerprint), and seals the
-   key for each of them.
-3. `Recipient.receive`: a member checks all of that against its own roster, opens its letter, and signs what it got.
-4. `Recipient.conclude`: shown that everybody signed the same, it uses the key.
+1. Every member offers a box: an X25519 key for one letter, signed with its roster key.
+2. The keyholder, one of them, makes the sum's key and signs who gets it (by its fingerprint) in which boxes. The key
+   travels once, sealed under a fresh one, and that one in a letter to each of them.
+3. A member checks all of that against its own roster, opens its letter, and signs what it got. Nobody encrypts for
+   those who have not signed the same.
 
-A letter is sealed with ChaCha20-Poly1305 under a key from X25519 with a fresh key of the sender's (HKDF with SHA-256),
+Letters are sealed with ChaCha20-Poly1305 under a key from X25519 with a fresh key of the sender's (HKDF with SHA-256),
 bound to the ceremony, the keyholder, the recipient and the fingerprint.
 """
 
@@ -28,46 +29,47 @@ from fedkit.crypto.masks import KEY_BYTES, TAG_BYTES, PrivateKey, derive, digest
 from fedkit.crypto.messages import (
     DIGEST_BYTES,
     SIGNATURE_BYTES,
+    Session,
     Signed,
+    mapping_from,
     require_names,
     require_size,
+    to_mapping,
     unpacked,
     verifies,
 )
 from fedkit.errors import PayloadError, Reason, Refused
 
-__all__ = ["LETTER_BYTES", "BoxKey", "Ceremony", "Handover", "Recipient", "deliver"]
+__all__ = [
+    "LETTER_BYTES",
+    "PARCEL_BYTES",
+    "BoxKey",
+    "Ceremony",
+    "Delivery",
+    "Handed",
+    "Handover",
+    "agreed",
+    "check_boxes",
+    "deliver",
+    "read",
+    "refused",
+]
 
-LETTER_BYTES = KEY_BYTES + SECRET_KEY_BYTES + TAG_BYTES
-_LABEL = b"fedkit-recipient-1"
-_MOST_TEXT = 512
-_SEED_BYTES = 32
+LETTER_BYTES = KEY_BYTES + KEY_BYTES + TAG_BYTES
+PARCEL_BYTES = SECRET_KEY_BYTES + TAG_BYTES
 
 
 @dataclass(frozen=True)
 class Ceremony:
-    """Which key this is about: the run's, for one scheme, made by one of its members.
+    """Which key this is about: that of one sum, for one scheme."""
 
-    `attempt` tells a ceremony from those before it that somebody did not finish. Raises `PayloadError` for what no run
-    has.
-    """
-
-    run: str
-    attempt: int
-    keyholder: str
+    session: Session
     scheme: Scheme
-
-    def __post_init__(self) -> None:
-        """Checks the names."""
-        require_names([self.keyholder])
-        if len(self.run) > _MOST_TEXT or not 0 <= self.attempt < 1 << 31:
-            raise PayloadError(f"a run has at most {_MOST_TEXT} characters, and attempts count from 0")
 
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of all of it."""
-        parts = (self.run.encode(), str(self.attempt).encode(), self.keyholder.encode(), self.scheme.digest)
-        return digest_of(b"fedkit-ceremony-1", *parts)
+        return digest_of(b"fedkit-ceremony-2", self.session.digest, self.scheme.digest)
 
 
 class BoxKey(Signed):
@@ -79,14 +81,16 @@ class BoxKey(Signed):
 
 @dataclass(frozen=True)
 class Handover:
-    """What the keyholder signs: the key's fingerprint (32 bytes), and who gets it, under which keys."""
+    """What the keyholder signs: the key's fingerprint (32 bytes), and who gets it, in which boxes."""
 
+    keyholder: str
     fingerprint: bytes
     boxes: tuple[BoxKey, ...]
     signature: bytes
 
     def __post_init__(self) -> None:
         """Checks lengths, order and uniqueness."""
+        require_names([self.keyholder])
         require_size("a fingerprint", DIGEST_BYTES, self.fingerprint)
         require_size("a signature", SIGNATURE_BYTES, self.signature)
         require_names(self.names)
@@ -96,215 +100,184 @@ class Handover:
         """Who gets the key, sorted."""
         return tuple(one.name for one in self.boxes)
 
+    def digest(self, ceremony: Ceremony) -> bytes:
+        """SHA-256 of what the keyholder signs."""
+        return digest_of(self.body(ceremony))
+
     def body(self, ceremony: Ceremony) -> bytes:
         """What the keyholder signs."""
         boxes = packed(*(one.to_bytes() for one in self.boxes))
-        return packed(b"fedkit-handover-1", ceremony.digest, self.fingerprint, boxes)
+        return packed(b"fedkit-handover-2", ceremony.digest, self.keyholder.encode(), self.fingerprint, boxes)
 
     def confirmation(self, ceremony: Ceremony, name: str) -> bytes:
         """What a member signs that has the key: its own name, and all that the keyholder has signed."""
-        return packed(b"fedkit-key-received-1", digest_of(self.body(ceremony)), name.encode())
+        return packed(b"fedkit-key-received-1", self.digest(ceremony), name.encode())
+
+    def bound(self, ceremony: Ceremony, name: str, sender_key: bytes = b"") -> bytes:
+        """What a letter to a member is bound to, and under the name "" the key that all of them get."""
+        box = next((one.value for one in self.boxes if one.name == name), b"")
+        parts = (self.keyholder.encode(), name.encode(), box, sender_key, self.fingerprint)
+        return packed(b"fedkit-letter-2", ceremony.digest, *parts)
 
     def to_bytes(self) -> bytes:
         """The compact form."""
-        return packed(self.fingerprint, self.signature, *(one.to_bytes() for one in self.boxes))
+        about = (self.keyholder.encode(), self.fingerprint, self.signature)
+        return packed(*about, *(one.to_bytes() for one in self.boxes))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Handover:
         """What `to_bytes` wrote; raises `PayloadError`."""
         parts = unpacked(data)
-        if len(parts) < 2:
-            raise PayloadError("a handover has a fingerprint and a signature")
-        return cls(parts[0], tuple(BoxKey.from_bytes(part) for part in parts[2:]), parts[1])
+        if len(parts) < 3:
+            raise PayloadError("a handover has a keyholder, a fingerprint and a signature")
+        try:
+            keyholder = parts[0].decode("ascii")
+        except UnicodeDecodeError:
+            raise PayloadError("a keyholder's name is none") from None
+        return cls(keyholder, parts[1], tuple(BoxKey.from_bytes(part) for part in parts[3:]), parts[2])
+
+    # -- what anybody can check, who knows the roster ------------------------------------------------------------------
+
+    def check(self, ceremony: Ceremony, members: Mapping[str, str], least: int) -> None:
+        """Raises `Refused` (encryption) unless the keyholder has signed it, and all in it are members."""
+        check_boxes(ceremony, self.keyholder, self.boxes, members, least)
+        if not verifies(members[self.keyholder], self.signature, self.body(ceremony)):
+            raise refused(f"{self.keyholder} has not signed this handover")
+
+    def is_confirmed(self, ceremony: Ceremony, name: str, signature: bytes, members: Mapping[str, str]) -> bool:
+        """Whether a member that is in it has signed that it got this key, with this list."""
+        key = members.get(name) if name in self.names else None
+        return key is not None and verifies(key, signature, self.confirmation(ceremony, name))
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What one member gets: the handover, the sealed key (57,360 bytes), and the letter (80 bytes) that opens it."""
+
+    handover: Handover
+    parcel: bytes = field(repr=False)
+    letter: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        """Checks the lengths."""
+        require_size("a sealed key", PARCEL_BYTES, self.parcel)
+        require_size("a letter", LETTER_BYTES, self.letter)
+
+    def to_bytes(self) -> bytes:
+        """The compact form."""
+        return packed(self.handover.to_bytes(), self.parcel, self.letter)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Handed:
+        """What `to_bytes` wrote; raises `PayloadError`."""
+        handover, parcel, letter = unpacked(data, 3)
+        return cls(Handover.from_bytes(handover), parcel, letter)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a keyholder gives to the coordinator, for all of them: letters by name."""
+
+    handover: Handover
+    parcel: bytes = field(repr=False)
+    letters: Mapping[str, bytes] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        """Checks the lengths, and that there is a letter for each."""
+        require_size("a sealed key", PARCEL_BYTES, self.parcel)
+        require_size("a letter", LETTER_BYTES, *self.letters.values())
+        if tuple(sorted(self.letters)) != self.handover.names:
+            raise PayloadError("a delivery has one letter for each who gets the key")
+
+    def to(self, name: str) -> Handed:
+        """What one member gets."""
+        return Handed(self.handover, self.parcel, self.letters[name])
+
+    def to_bytes(self) -> bytes:
+        """The compact form."""
+        return packed(self.handover.to_bytes(), self.parcel, to_mapping(self.letters))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Delivery:
+        """What `to_bytes` wrote; raises `PayloadError`."""
+        handover, parcel, letters = unpacked(data, 3)
+        return cls(Handover.from_bytes(handover), parcel, mapping_from(letters))
 
 
 def deliver(
     ceremony: Ceremony,
+    keyholder: str,
     secret: SecretKey,
     boxes: Iterable[BoxKey],
     *,
     key: Ed25519PrivateKey,
     members: Mapping[str, str],
     least: int,
-) -> tuple[Handover, dict[str, bytes]]:
-    """The keyholder's part: what it signs, and the letters (57,392 bytes each) by recipient.
+) -> Delivery:
+    """The keyholder's part. `key` and `members` are its roster key and its own roster's keys by name.
 
-    `key` and `members` are the keyholder's roster key and its own roster's keys by name. To be done for one secret key
-    in a ceremony: it is made and kept before. Raises `Refused` (encryption) for members it does not know, keys that
+    To be done for one secret key in a ceremony. Raises `Refused` (encryption) for members it does not know, keys that
     their owners have not signed, and fewer than `least`.
     """
     if secret.scheme != ceremony.scheme:
-        raise _refused("the key is for other parameters than the ceremony")
+        raise refused("the key is for other parameters than the ceremony")
     given = tuple(sorted(boxes, key=lambda one: one.name))
-    _check_boxes(ceremony, given, members, least)
-    unsigned = Handover(secret.fingerprint, given, bytes(SIGNATURE_BYTES))
+    check_boxes(ceremony, keyholder, given, members, least)
+    unsigned = Handover(keyholder, secret.fingerprint, given, bytes(SIGNATURE_BYTES))
     handover = replace(unsigned, signature=key.sign(unsigned.body(ceremony)))
-    return handover, {box.name: _letter(ceremony, secret, box) for box in given}
+    content = secrets.token_bytes(KEY_BYTES)
+    parcel = sealed(content, secret.data, handover.bound(ceremony, ""))
+    return Delivery(handover, parcel, {box.name: _letter(ceremony, handover, content, box) for box in given})
 
 
-def _check_boxes(ceremony: Ceremony, boxes: tuple[BoxKey, ...], members: Mapping[str, str], least: int) -> None:
+def check_boxes(
+    ceremony: Ceremony, keyholder: str, boxes: tuple[BoxKey, ...], members: Mapping[str, str], least: int
+) -> None:
+    """Raises `Refused` unless all are signed by members, `least` or more, the keyholder among them."""
     names = require_names(one.name for one in boxes)
     unknown = [name for name in names if name not in members]
     if unknown:
-        raise _refused(f"not on this site's roster: {', '.join(unknown[:10])}")
+        raise refused(f"not on this site's roster: {', '.join(unknown[:10])}")
     unsigned = [one.name for one in boxes if not one.is_signed(ceremony.digest, members)]
     if unsigned:
-        raise _refused(f"keys that their owners have not signed: {', '.join(unsigned[:10])}")
+        raise refused(f"keys that their owners have not signed: {', '.join(unsigned[:10])}")
     if len(names) < least:
-        raise _refused(f"{len(names)} members get the key, and the least is {least}")
-    if ceremony.keyholder not in names:
-        raise _refused(f"the keyholder {ceremony.keyholder} is not among those who get the key")
+        raise refused(f"{len(names)} members get the key, and the least is {least}")
+    if keyholder not in names:
+        raise refused(f"the keyholder {keyholder} is not among those who get the key")
 
 
-def _letter(ceremony: Ceremony, secret: SecretKey, box: BoxKey) -> bytes:
-    fresh = PrivateKey(secrets.token_bytes(_SEED_BYTES))
-    bound = _bound(ceremony, box, fresh.public, secret.fingerprint)
-    return fresh.public + sealed(derive(_agreed(fresh, box.value, box.name), bound), secret.data, bound)
+def _letter(ceremony: Ceremony, handover: Handover, content: bytes, box: BoxKey) -> bytes:
+    fresh = PrivateKey(secrets.token_bytes(KEY_BYTES))
+    bound = handover.bound(ceremony, box.name, fresh.public)
+    return fresh.public + sealed(derive(agreed(fresh, box.value, box.name), bound), content, bound)
 
 
-def _bound(ceremony: Ceremony, box: BoxKey, sender_key: bytes, fingerprint: bytes) -> bytes:
-    """What a letter is bound to; the ceremony's digest holds the run and the keyholder."""
-    return packed(b"fedkit-letter-1", ceremony.digest, box.name.encode(), box.value, sender_key, fingerprint)
+def read(ceremony: Ceremony, private: PrivateKey, name: str, handed: Handed) -> SecretKey:
+    """The key in what a member was handed, `private` that of its box; raises `Refused` for what is none."""
+    handover, sender_key = handed.handover, handed.letter[:KEY_BYTES]
+    bound = handover.bound(ceremony, name, sender_key)
+    content = opened(derive(agreed(private, sender_key, "the sender"), bound), handed.letter[KEY_BYTES:], bound)
+    text = None if content is None else opened(content, handed.parcel, handover.bound(ceremony, ""))
+    if text is None:
+        raise refused("the letter with the key does not open: it is not this one, or not for this site")
+    try:
+        found = SecretKey(ceremony.scheme, text)
+    except PayloadError as error:
+        raise refused(str(error)) from None
+    if found.fingerprint != handover.fingerprint:
+        raise refused("the key in the letter has another fingerprint than the keyholder signed")
+    return found
 
 
-def _agreed(private: PrivateKey, public: bytes, peer: str) -> bytes:
+def agreed(private: PrivateKey, public: bytes, peer: str) -> bytes:
+    """The secret between two keys; raises `Refused` where one of them is none."""
     try:
         return private.agree(public)
     except PayloadError:
-        raise _refused(f"nobody can agree with a key of {peer}") from None
+        raise refused(f"nobody can agree with a key of {peer}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
-    seed: bytes = field(repr=False)
-    handover: Handover | None = None
-    secret: SecretKey | None = field(default=None, repr=False)
-    is_complete: bool = False
-
-
-class Recipient:
-    """One member's side of a ceremony; `members` are its own roster's keys by name, `key` belongs to its name there.
-
-    Guarantee, whatever the coordinator says: the key it uses came from the keyholder that its roster knows, and every
-    member that gets it, each one on its roster, has signed that it got the same key with the same list of members.
-
-    Does not protect against: a keyholder or member that gives the key away, to the coordinator above all.
-
-    Durable before it is sent: `to_bytes()` before the answers of `offer` and `receive`. Asked again for the same, it
-    gives the same answer, and for others it refuses, with `Refused` (encryption).
-    """
-
-    def __init__(
-        self, ceremony: Ceremony, name: str, key: Ed25519PrivateKey, members: Mapping[str, str], *, least: int
-    ) -> None:
-        self.ceremony, self.name = ceremony, name
-        self._key, self._members, self._least = key, members, least
-        self._state = _State(secrets.token_bytes(_SEED_BYTES))
-
-    def __repr__(self) -> str:
-        return f"<Recipient {self.name} of the key of {self.ceremony.run}>"
-
-    def offer(self) -> BoxKey:
-        """Its key for one letter, signed."""
-        return BoxKey.sign(self.ceremony.digest, self.name, self._private.public, self._key)
-
-    def receive(self, handover: Handover, letter: bytes) -> bytes:
-        """Its signature (64 bytes) under what it got, once all is in order."""
-        if self._state.handover is None:
-            self._check(handover)
-            self._state = replace(self._state, secret=self._opened(handover, letter), handover=handover)
-        elif handover != self._state.handover:
-            raise _refused("it was handed another key before, or told of other members")
-        return self._key.sign(handover.confirmation(self.ceremony, self.name))
-
-    def conclude(self, signatures: Mapping[str, bytes]) -> SecretKey:
-        """The key, once everybody who gets it has signed the same; `signatures` by name."""
-        handover = self._state.handover
-        if handover is None:
-            raise _refused("no key was handed over yet")
-        differing = [name for name in handover.names if not self._has_signed(handover, name, signatures.get(name))]
-        if differing:
-            raise _refused(f"they have not signed that they got the same key: {', '.join(differing[:10])}")
-        self._state = replace(self._state, is_complete=True)
-        return self.secret
-
-    @property
-    def secret(self) -> SecretKey:
-        """The run's key; raises `Refused` before everybody has signed for it."""
-        if self._state.secret is None or not self._state.is_complete:
-            raise _refused("the run's key is not confirmed by everybody yet")
-        return self._state.secret
-
-    # -- what it checks ------------------------------------------------------------------------------------------------
-
-    def _check(self, handover: Handover) -> None:
-        _check_boxes(self.ceremony, handover.boxes, self._members, self._least)
-        if not verifies(self._members[self.ceremony.keyholder], handover.signature, handover.body(self.ceremony)):
-            raise _refused(f"{self.ceremony.keyholder} has not signed this handover")
-        if self.offer() not in handover.boxes:
-            raise _refused("the handover leaves it out, or has another key under its name")
-
-    def _opened(self, handover: Handover, letter: bytes) -> SecretKey:
-        if len(letter) != LETTER_BYTES:
-            raise _refused(f"a letter has {LETTER_BYTES} bytes, not {len(letter)}")
-        sender_key = letter[:KEY_BYTES]
-        bound = _bound(self.ceremony, self.offer(), sender_key, handover.fingerprint)
-        text = opened(derive(_agreed(self._private, sender_key, "the sender"), bound), letter[KEY_BYTES:], bound)
-        if text is None:
-            raise _refused("the letter with the key does not open: it is not this one, or not for this site")
-        try:
-            found = SecretKey(self.ceremony.scheme, text)
-        except PayloadError as error:
-            raise _refused(str(error)) from None
-        if found.fingerprint != handover.fingerprint:
-            raise _refused("the key in the letter has another fingerprint than the keyholder signed")
-        return found
-
-    def _has_signed(self, handover: Handover, name: str, signature: bytes | None) -> bool:
-        key = self._members.get(name)
-        return (
-            key is not None
-            and signature is not None
-            and verifies(key, signature, handover.confirmation(self.ceremony, name))
-        )
-
-    @property
-    def _private(self) -> PrivateKey:
-        return PrivateKey(derive(self._state.seed, b"fedkit-box-1", self.ceremony.digest))
-
-    # -- durable state -------------------------------------------------------------------------------------------------
-
-    def to_bytes(self) -> bytes:
-        """All it must remember, the run's key included: to be kept like a private key."""
-        state = self._state
-        handover = b"" if state.handover is None else state.handover.to_bytes()
-        secret = b"" if state.secret is None else state.secret.data
-        known = (self.ceremony.digest, self.name.encode(), state.seed, handover, secret, bytes([state.is_complete]))
-        return packed(_LABEL, *known)
-
-    @classmethod
-    def restore(
-        cls,
-        data: bytes,
-        ceremony: Ceremony,
-        name: str,
-        key: Ed25519PrivateKey,
-        members: Mapping[str, str],
-        *,
-        least: int,
-    ) -> Recipient:
-        """The member that `to_bytes` wrote; raises `PayloadError` for anything else, another ceremony or name."""
-        label, digest, who, seed, handover, secret, complete = unpacked(data, 7)
-        if (label, digest, who) != (_LABEL, ceremony.digest, name.encode()) or len(seed) != _SEED_BYTES:
-            raise PayloadError("this is not the state of this member in this ceremony")
-        if bool(handover) != bool(secret) or complete not in (b"\0", b"\1") or (complete == b"\1" and not secret):
-            raise PayloadError("a recipient's state is damaged")
-        found = cls(ceremony, name, key, members, least=least)
-        known = Handover.from_bytes(handover) if handover else None
-        got = SecretKey(ceremony.scheme, secret) if secret else None
-        found._state = _State(seed, known, got, is_complete=complete == b"\1")
-        return found
-
-
-def _refused(detail: str) -> Refused:
+def refused(detail: str) -> Refused:
+    """What the protocol does not allow."""
     return Refused(Reason.ENCRYPTION, detail)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fedkit.errors import ConfigError, Reason, Refused, RoundAbandoned, SumSpoiled
 from fedkit.weights import LARGEST, Vector
 
-__all__ = ["FULL_WEIGHT", "FixedPoint", "Integers", "Reals", "Ring", "Words", "weight_of"]
+__all__ = ["FULL_WEIGHT", "FixedPoint", "Floats", "Integers", "Reals", "Ring", "Words", "weight_of"]
 
 Words: TypeAlias = npt.NDArray[np.uint32]
 Floats: TypeAlias = npt.NDArray[np.float64]

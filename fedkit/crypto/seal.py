@@ -10,6 +10,7 @@ processes of which that is no loss, never in an agent or a coordinator.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import struct
 import tempfile
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from fedkit.crypto.chunks import DEGREE, PRIMES, Full, Numbers, Scheme, Seeded
 from fedkit.errors import ConfigError, PayloadError
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "require_library"]
 
 _MAGIC, _HEADER = b"\x5e\xa1\x10", 16  # the last byte of the magic is the header's length
 _COMPRESSION = 5  # where the header says how the rest is compressed: not at all, zlib, Zstandard
@@ -37,16 +38,27 @@ _NO_PARAMETERS = (0, 0, 0, 0)  # of a plaintext that is not transformed
 _MOST = 1 << 18  # bytes of the largest object, unpacked
 
 
+def require_library() -> None:
+    """Raises `ConfigError` where TenSEAL is not installed; loads nothing."""
+    missing = [name for name in ("tenseal", "zstandard") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise _missing(f"no module named {missing[0]}")
+
+
 def _library() -> tuple[Any, Any]:
     try:
         import tenseal.sealapi  # the one import of it: it takes a second, and no other aggregation needs it
         import zstandard
     except ImportError as error:
-        raise ConfigError(
-            f"bfv and ckks need TenSEAL ({error}): pip install 'fedkit[he]'. There is no wheel of it for ARM Linux; "
-            "there, build it from source, or use masked aggregation, which needs nothing"
-        ) from None
+        raise _missing(str(error)) from None
     return tenseal.sealapi, zstandard
+
+
+def _missing(why: str) -> ConfigError:
+    return ConfigError(
+        f"bfv and ckks need TenSEAL ({why}): pip install 'fedkit[he]'. There is no wheel of it for ARM Linux; there, "
+        "build it from source, or use masked aggregation, which needs nothing"
+    )
 
 
 class _Scratch:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from fedkit.config import DP, Privacy
+from fedkit.crypto.ckks import refuse_handing_back
 from fedkit.crypto.member import LEAST_COHORT
+from fedkit.crypto.seal import require_library
 from fedkit.errors import IncompatibleStrategy
 from fedkit.privacy import models
 from fedkit.privacy.clients import ClientLevel, require_client_level
-from fedkit.rounds.layout import Layout
+from fedkit.rounds.layout import Secret
 from fedkit.strategy import Strategy
 from fedkit.task import Task
 from fedkit.weights import Weights
@@ -18,39 +20,44 @@ from fedkit.work import Fit
 __all__ = ["require_privacy", "require_private", "shield_for"]
 
 
-def require_privacy(strategy: Strategy, task: Task, module: nn.Module, privacy: Privacy, clients: int) -> None:
+def require_privacy(
+    strategy: Strategy, task: Task, module: nn.Module, privacy: Privacy, clients: int, *, simulated: bool = False
+) -> None:
     """Raises `IncompatibleStrategy` or `ConfigError` where a run over at least `clients` cannot be protected so."""
     if privacy.dp is not None:
         require_private(strategy, task, module, privacy.dp)
     shield_for(strategy, privacy.dp, clients)
-    if privacy.aggregation == "masked":
-        _require_maskable(strategy, task, privacy)
-        asked = strategy.asked(clients)
-        if asked < LEAST_COHORT:
-            few = f"and {type(strategy).__name__} may ask {asked} of {clients}: let more take part (min_clients)"
-            raise IncompatibleStrategy(f"aggregation masked adds up at least {LEAST_COHORT} clients, {few}")
-        size = Weights.from_module(module, task.travels).manifest.size
-        Layout("mean", size, asked, privacy.clip, privacy.bits or Layout.bits_for(asked), cap=1)
+    secret = Secret.of(privacy)
+    if secret is None:
+        return
+    kind = f"aggregation {privacy.aggregation}"
+    _require_summable(kind, strategy, task, privacy)
+    asked = strategy.asked(clients)
+    if asked < LEAST_COHORT:
+        few = f"and {type(strategy).__name__} may ask {asked} of {clients}: let more take part (min_clients)"
+        raise IncompatibleStrategy(f"{kind} adds up at least {LEAST_COHORT} clients, {few}")
+    if secret.scheme != "masked":
+        refuse_handing_back(to_coordinator=secret.scheme == "ckks" and not simulated)
+        require_library()
+    secret.mean(Weights.from_module(module, task.travels).manifest.size, asked, 1)
 
 
-def _require_maskable(strategy: Strategy, task: Task, privacy: Privacy) -> None:
+def _require_summable(kind: str, strategy: Strategy, task: Task, privacy: Privacy) -> None:
     """Raises `IncompatibleStrategy` where something needs more than a sum."""
     name = type(strategy).__name__
     other = sorted(strategy.uses - {"mean", "send"})
     if other:
         what = {"updates": "single updates", "hop": "one client's model", "start": "updates one by one"}[other[0]]
-        raise IncompatibleStrategy(f"aggregation masked and {name}: it needs {what}, and nobody sees more than a sum")
+        raise IncompatibleStrategy(f"{kind} and {name}: it needs {what}, and nobody sees more than a sum")
     if strategy.participation.max_update_norm is not None:
         raise IncompatibleStrategy(
-            "aggregation masked and participation.max_update_norm: nobody sees one update's norm; privacy.clip bounds "
-            "each element, and Evaluation(max_drop=...) judges the round"
+            f"{kind} and participation.max_update_norm: nobody sees one update's norm; privacy.clip bounds each "
+            "element, and Evaluation(max_drop=...) judges the round"
         )
     if task.prepare is not None and task.prepare.query.bounds is None:
-        raise IncompatibleStrategy(f"aggregation masked and the statistics of {task.name}: Standardize needs bounds")
+        raise IncompatibleStrategy(f"{kind} and the statistics of {task.name}: Standardize needs bounds")
     if privacy.dp is not None and privacy.dp.level == "client":
-        raise IncompatibleStrategy(
-            "aggregation masked and dp at level client: nobody could see that updates are clipped"
-        )
+        raise IncompatibleStrategy(f"{kind} and dp at level client: nobody could see that updates are clipped")
 
 
 def shield_for(strategy: Strategy, dp: DP | None, clients: int) -> ClientLevel | None:

@@ -12,15 +12,19 @@ import numpy as np
 from blake3 import blake3
 
 from fedkit.config import DP
+from fedkit.crypto.chunks import Scheme
 from fedkit.crypto.messages import Session, Told
-from fedkit.errors import Reason, Refused
+from fedkit.crypto.ring import Words
+from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.rounds.layout import Layout, words_manifest
 from fedkit.spool import payload_digest
 from fedkit.weights import Manifest, Vector, Weights
 from fedkit.work import Answer, Update, Work
 
 __all__ = [
+    "MASKED_STEPS",
     "WITHIN",
+    "WORDS_STEPS",
     "Assignment",
     "Clip",
     "MaskStep",
@@ -36,7 +40,12 @@ __all__ = [
 T = TypeVar("T")
 
 Returns: TypeAlias = Literal["update", "weights", "sums", "words", "reply"]  # the last two are of masked sums
-MaskStep: TypeAlias = Literal["advertise", "share", "vector", "confirm", "unmask"]
+MaskStep: TypeAlias = Literal[
+    "advertise", "share", "vector", "confirm", "unmask", "offer", "deliver", "receive", "encrypt", "attest", "open"
+]
+
+MASKED_STEPS = ("advertise", "share", "vector", "confirm", "unmask")
+WORDS_STEPS = ("vector", "encrypt", "open")  # whose answers are vectors
 
 WITHIN = "within_clip"  # the extra vector of one element by which a client says whether its update was
 
@@ -93,16 +102,23 @@ class Private:
 
 @dataclass(frozen=True, slots=True)
 class Masking:
-    """One step of a masked sum (`fedkit.crypto.member` says what they are); `call` tells it from all others.
+    """One step of a sum that nobody sees into; `call` tells it from all others.
 
+    `fedkit.crypto.member` says what the steps of a masked sum are, `fedkit.crypto.holder` those of an encrypted one.
     `message` is what the coordinator passes on: in "share" the cohort, in "vector" who shared and the client's own
-    letters, in "confirm" who delivered, in "unmask" the signatures.
+    letters, in "confirm" who delivered, in "unmask" the signatures. In "deliver" the boxes, in "receive" the key, in
+    "encrypt" who has it, in "attest" which sum of whom it is, in "open" who has signed that.
     """
 
     call: str
     step: MaskStep
     layout: Layout
     message: bytes = field(default=b"", repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises `PayloadError` for a step that such a sum does not have."""
+        if (self.step in MASKED_STEPS) != (self.layout.scheme == "masked"):
+            raise PayloadError(f"aggregation {self.layout.scheme} has no step {self.step}")
 
     def session(self, run: str, round: int) -> Session:
         """Which sum it is."""
@@ -164,7 +180,10 @@ class Assignment:
 
     def answer_manifest(self, sent: Manifest) -> Manifest:
         """The manifest that an answer of vectors has, to a model of manifest `sent`."""
-        return sent if self.returns != "words" or self.masking is None else words_manifest(self.masking.layout.words)
+        if self.returns != "words" or self.masking is None:
+            return sent
+        layout = self.masking.layout
+        return words_manifest(layout.opened if self.masking.step == "open" else layout.sent)
 
 
 def question_digest(
@@ -207,6 +226,15 @@ class Transport(Protocol):
 
     async def assemble(self, least: int) -> None:
         """Returns when `least` clients are present and nobody is missing who may be back in a moment."""
+        ...
+
+    async def add_up(
+        self, scheme: Scheme, fingerprint: bytes, values: int, uploads: Mapping[str, Weights]
+    ) -> tuple[Words, dict[str, str]]:
+        """The sum's chunks of such uploads, and why some of these are none, by client; raises `SumSpoiled`.
+
+        Native code works on them, which may take its process along.
+        """
         ...
 
     async def aside(self, phase: Literal["fold", "commit"], work: Callable[[], T]) -> T:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from fedkit.config import Evaluation, Privacy
-from fedkit.errors import RoundAbandoned, RunError, RunFailed
+from fedkit.errors import RoundAbandoned, RoundLost, RunError, RunFailed
 from fedkit.metrics import MetricSet
 from fedkit.queries import RowCount
 from fedkit.rounds.assignment import Private, Transport
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.federation import JournaledFederation, RunIdentity
 from fedkit.rounds.journal import Commit, Journal, RoundRecord
+from fedkit.rounds.layout import Secret
 from fedkit.rounds.shield import Shield
 from fedkit.strategy import Handed, Strategy
 from fedkit.task import Prepared, Task
@@ -113,8 +114,7 @@ class _Run(JournaledFederation):
         dp = plan.privacy.dp
         of_rows = dp is not None and dp.level == "example"
         private = Private(dp, strategy.visits, int(plan.task.prepare is not None)) if dp and of_rows else None
-        masked = plan.privacy if plan.privacy.aggregation == "masked" else None
-        about = (strategy.participation, strategy.least, private, plan.shield, masked)
+        about = (strategy.participation, strategy.least, private, plan.shield, Secret.of(plan.privacy))
         identity = RunIdentity(plan.name, plan.seed, *about)
         super().__init__(identity, transport, journal)
         self._plan = plan
@@ -129,7 +129,7 @@ class _Run(JournaledFederation):
         while self.journal.last() is None:
             await self._assemble(0)
             try:
-                if self.identity.masked is not None:
+                if self.identity.secret is not None:
                     self.now.contributed(self.clients, await self.summarize(self.clients, RowCount()), None)
                 if isinstance(module, Prepared) and self._plan.task.prepare is not None:
                     moments = await self.summarize(self.clients, self._plan.task.prepare.query)
@@ -181,10 +181,19 @@ class _Run(JournaledFederation):
             await self._strategy.run(self, self._last().model)  # no name here may keep the first of these models
         except _Finished:
             return True
+        except RoundLost as error:
+            await self._pass_over(error)
+            return False
         except RoundAbandoned as error:
             self._give_up(error)
             return False
         return True
+
+    async def _pass_over(self, error: RoundLost) -> None:
+        """The round ends without a new model, on record: it cannot be tried again."""
+        last = self._last()
+        self._strategy.load_state_dict(last.state)
+        await self._commit(last.model, _Scores(), rejected=str(error))
 
     def _give_up(self, error: RoundAbandoned) -> None:
         attempt = self.now.opened.attempt

@@ -17,20 +17,32 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from fedkit.aggregation import Fold, KeepFold, Mean, MeanFold, SumFold, Total, Weighting
-from fedkit.config import Participation, Privacy
+from fedkit.config import Participation
+from fedkit.crypto.ceremony import Ceremony
 from fedkit.crypto.masked_sum import Sum
 from fedkit.crypto.messages import to_mapping
 from fedkit.crypto.ring import Words
-from fedkit.errors import BelowThreshold, ConfigError, Reason, Refused, RoundAbandoned, RunError, SumSpoiled
+from fedkit.errors import BelowThreshold, ConfigError, Reason, Refused, RoundAbandoned, RoundLost, RunError, SumSpoiled
 from fedkit.gate import BEFORE, Gate, Verdict
 from fedkit.queries import Query
-from fedkit.rounds.assignment import Assignment, Clip, Masking, Parcel, Private, Returns, Transport, question_digest
+from fedkit.rounds.assignment import (
+    WORDS_STEPS,
+    Assignment,
+    Clip,
+    Masking,
+    Parcel,
+    Private,
+    Returns,
+    Transport,
+    question_digest,
+)
 from fedkit.rounds.call import GroupCall, Refusal, State
 from fedkit.rounds.checks import inspect
 from fedkit.rounds.drive import drive
+from fedkit.rounds.encrypted import EncryptedSum
 from fedkit.rounds.flights import Flights, Landed
 from fedkit.rounds.journal import Entry, Journal, OpenRound, Started
-from fedkit.rounds.layout import Layout
+from fedkit.rounds.layout import Layout, Secret
 from fedkit.rounds.masked import Asked, MaskedSum
 from fedkit.rounds.open import Progress
 from fedkit.rounds.shield import EVERY_CLIENT, Shield
@@ -56,7 +68,7 @@ class RunIdentity:
     least: int = 1
     private: Private | None = None
     shield: Shield | None = None
-    masked: Privacy | None = None  # where answers are masked: how
+    secret: Secret | None = None  # where nobody sees single answers: how
 
 
 class _Question:
@@ -177,8 +189,8 @@ class JournaledFederation:
         """
         if self.identity.shield is not None:
             return await self._shielded(self.identity.shield, cohort, Parcel(model, _vectors(send)), work)
-        if self.identity.masked is not None:
-            return await self._masked_mean(self.identity.masked, cohort, Parcel(model, _vectors(send)), work, weights)
+        if self.identity.secret is not None:
+            return await self._secret_mean(self.identity.secret, cohort, Parcel(model, _vectors(send)), work, weights)
         fold = MeanFold(cohort, model.manifest, weights)
         question = self._ask(work, "update", Parcel(model, _vectors(send)), cohort)
         await self._group(question, fold, self.identity.participation)
@@ -204,17 +216,19 @@ class JournaledFederation:
         self.now.contributed(release.mean.clients, release.mean.examples, None)
         return release.mean
 
-    # -- masked sums ---------------------------------------------------------------------------------------------------
+    # -- sums in secret ------------------------------------------------------------------------------------------------
 
-    async def _masked_mean(
-        self, rule: Privacy, cohort: Collection[str], parcel: Parcel, work: Fit | Gradient, weights: Weighting
+    async def _secret_mean(
+        self, rule: Secret, cohort: Collection[str], parcel: Parcel, work: Fit | Gradient, weights: Weighting
     ) -> Mean:
         extras = tuple(sorted((name, vector.size) for name, vector in parcel.extra.items()))
-        bits = rule.bits or Layout.bits_for(len(cohort))
         cap = 0 if weights == "uniform" else self._cap()
-        layout = Layout("mean", parcel.model.manifest.size, len(cohort), rule.clip, bits, cap, extras)
-        total, clients = await self._masked_sum(work, parcel, cohort, layout, self.identity.participation)
-        mean = await self.transport.aside("fold", lambda: layout.mean(total, clients, parcel.model.manifest))
+        layout = rule.mean(parcel.model.manifest.size, len(cohort), cap, extras)
+        total, clients = await self._secret_sum(work, parcel, cohort, layout, self.identity.participation)
+        try:
+            mean = await self.transport.aside("fold", lambda: layout.mean(total, clients, parcel.model.manifest))
+        except SumSpoiled as error:
+            raise (error if rule.scheme == "masked" else RoundLost(f"round {self.round}: {error}.")) from None
         self.now.contributed(mean.clients, mean.examples, mean.loss)
         return mean
 
@@ -228,35 +242,46 @@ class JournaledFederation:
             return 1
         return max(-(-4 * counted.examples // len(counted.clients)), 1)
 
-    async def _masked_sum(
+    async def _secret_sum(
         self, work: Work, parcel: Parcel, cohort: Collection[str], layout: Layout, rule: Participation
     ) -> tuple[Words, tuple[str, ...]]:
         """The opened sum of the cohort's masked words, and whose they are; scores may be those of nobody."""
         base = self._ask(work, "words", parcel, cohort)
-        first = Masking(base.key, "advertise", layout)
+        first = Masking(base.key, "advertise" if layout.scheme == "masked" else "offer", layout)
         member = replace(base.assignment(base.cohort[0]), masking=first)
-        about = (first.session(self.identity.name, self.round), member.told(parcel.payload_digest))
-        masked = Sum(*about, self.transport.members())
+        session, told = first.session(self.identity.name, self.round), member.told(parcel.payload_digest)
+        members, refuse = self.transport.members(), self.now.refusals.append
 
         async def ask(asked: Asked) -> None:
-            masking = {name: replace(first, step=asked.step, message=text) for name, text in asked.messages.items()}
-            is_vector = asked.step == "vector"
-            about = (work, "words", parcel) if is_vector else (work, "reply", Parcel(_NO_MODEL))
-            question = _Question(self.identity, self.now, *about, list(masking), masking=masking)  # type: ignore[arg-type]
-            await self._group(question, asked.fold, asked.rule, optional=not is_vector or isinstance(work, Evaluate))
-
-        async def aside(work: Callable[[], Any]) -> Any:
-            return await self.transport.aside("fold", work)
+            await self._step(first, asked, work, parcel)
 
         try:
-            return await MaskedSum(masked, ask, aside, self.now.refusals.append).opened(base.cohort, layout, rule)
-        except BelowThreshold as error:
-            raise BelowThreshold(f"round {self.round}: {error}. {_reasons(self.now.refusals)}".strip()) from None
+            if layout.scheme == "masked":
+                masked = MaskedSum(Sum(session, told, members), ask, self._aside, refuse)
+                return await masked.opened(base.cohort, layout, rule)
+            ceremony = Ceremony(session, layout.encryption)
+            about = (ceremony, told, members, layout.words)
+            return await EncryptedSum(*about, ask, self.transport.add_up, refuse).opened(base.cohort, rule)
+        except (BelowThreshold, RoundLost) as error:
+            text = f"round {self.round}: {error}. {_reasons(self.now.refusals)}".strip()
+            raise type(error)(text) from None
 
-    async def _masked_total(
+    async def _step(self, first: Masking, asked: Asked, work: Work, parcel: Parcel) -> None:
+        """One step of a sum in secret, a call of its own."""
+        masking = {name: replace(first, step=asked.step, message=text) for name, text in asked.messages.items()}
+        is_worked = asked.step in ("vector", "encrypt")
+        sent = asked.parcel or (parcel if is_worked else Parcel(_NO_MODEL))
+        returns: Returns = "words" if asked.step in WORDS_STEPS else "reply"
+        question = _Question(self.identity, self.now, work, returns, sent, list(masking), masking=masking)
+        await self._group(question, asked.fold, asked.rule, optional=not is_worked or isinstance(work, Evaluate))
+
+    async def _aside(self, work: Callable[[], Any]) -> Any:
+        return await self.transport.aside("fold", work)
+
+    async def _secret_total(
         self, cohort: Collection[str], parcel: Parcel, work: Evaluate | Summarize, layout: Layout, rule: Participation
     ) -> Total:
-        total, clients = await self._masked_sum(work, parcel, cohort, layout, rule)
+        total, clients = await self._secret_sum(work, parcel, cohort, layout, rule)
         return layout.sums(total, clients)
 
     def _clip(self, shield: Shield) -> float:
@@ -340,19 +365,20 @@ class JournaledFederation:
         if not cohort:
             return None
         rule = Participation(quorum=1, deadline_s=self.identity.participation.deadline_s)
-        if self.identity.masked is not None:
-            return await self._masked_scores(cohort, Parcel(model), work, size, rule)
+        if self.identity.secret is not None:
+            return await self._secret_scores(self.identity.secret, cohort, Parcel(model), work, size, rule)
         fold = SumFold(cohort, size)
         await self._group(self._ask(work, "sums", Parcel(model), cohort), fold, rule, each=each, optional=True)
         return fold.result()
 
-    async def _masked_scores(
-        self, cohort: Collection[str], parcel: Parcel, work: Evaluate, size: int, rule: Participation
+    async def _secret_scores(
+        self, secret: Secret, cohort: Collection[str], parcel: Parcel, work: Evaluate, size: int, rule: Participation
     ) -> Total | None:
         """Scores that nobody can see for himself; None where they cannot be had, which costs nothing but them."""
         try:
-            return await self._masked_total(cohort, parcel, work, Layout("reals", size, len(cohort)), rule)
-        except (BelowThreshold, SumSpoiled) as error:
+            layout = secret.sums("reals", size, len(cohort))
+            return await self._secret_total(cohort, parcel, work, layout, rule)
+        except (BelowThreshold, RoundLost, SumSpoiled) as error:
             self.now.refusals.append(Refusal(EVERY_CLIENT, Reason.MASKING, f"no scores: {error}"))
             return None
 
@@ -360,11 +386,11 @@ class JournaledFederation:
         """The answer to a query about the cohort's training data; raises `RoundAbandoned` below the quorum."""
         work, parcel, rule = Summarize(query=query), Parcel(_NO_MODEL), self.identity.participation
         total: Total | None
-        if self.identity.masked is not None:
+        if self.identity.secret is not None:
             if query.size is None:
-                raise ConfigError("sums without public bounds cannot be masked: give the query bounds")
-            layout = Layout("integers", query.size, len(cohort))
-            total = await self._masked_total(cohort, parcel, work, layout, rule)
+                raise ConfigError("sums without public bounds cannot be added up in secret: give the query bounds")
+            layout = self.identity.secret.sums("integers", query.size, len(cohort))
+            total = await self._secret_total(cohort, parcel, work, layout, rule)
         else:
             fold = SumFold(cohort, query.size)
             question = self._ask(work, "sums", parcel, cohort)

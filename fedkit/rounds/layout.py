@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from fedkit.aggregation import Mean, Total
-from fedkit.crypto.ring import FULL_WEIGHT, FixedPoint, Integers, Reals, Ring, Words, weight_of
-from fedkit.errors import PayloadError, Reason, Refused
+from fedkit.config import Privacy
+from fedkit.crypto import bfv, ckks
+from fedkit.crypto.chunks import FULL_BYTES, SEEDED_BYTES, Scheme, chunks_for
+from fedkit.crypto.ring import FULL_WEIGHT, FixedPoint, Floats, Integers, Reals, Ring, Words, weight_of
+from fedkit.errors import PayloadError, Reason, Refused, SumSpoiled
 from fedkit.weights import Entry, Manifest, Vector, Weights
 from fedkit.work import Answer, MetricSums, Reply, Summary, Update
 
-__all__ = ["Layout", "words_manifest"]
+__all__ = ["Layout", "Secrecy", "Secret", "words_manifest"]
+
+Secrecy: TypeAlias = Literal["masked", "bfv", "ckks"]
 
 _MOST_BITS = 24  # as many as float32 holds
+_WORD_BYTES = 4
+_CKKS_BITS = 16  # of the whole numbers beside a CKKS mean: few enough that its error never moves one
 _EXACT = 3  # of a mean: loss times rows, rows with a loss, all rows
 
 
@@ -27,12 +34,41 @@ def words_manifest(words: int) -> Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class Secret:
+    """How a run adds answers up so that nobody sees one alone; `bits` None: as many as the cohort leaves room for."""
+
+    scheme: Secrecy
+    clip: float
+    bits: int | None = None
+
+    @classmethod
+    def of(cls, privacy: Privacy) -> Secret | None:
+        """How a run with this privacy does; None where answers are plain."""
+        kind = privacy.aggregation
+        return None if kind == "plain" else cls(kind, privacy.clip, privacy.bits)
+
+    def mean(self, size: int, cohort: int, cap: int, extras: tuple[tuple[str, int], ...] = ()) -> Layout:
+        """The layout of the updates of at most so many; raises `ConfigError` where they do not fit."""
+        return Layout("mean", size, cohort, self.clip, self._bits(cohort), cap, extras, self.scheme)
+
+    def sums(self, kind: Literal["integers", "reals"], size: int, cohort: int) -> Layout:
+        """The layout of sums of at most so many."""
+        return Layout(kind, size, cohort, bits=self._bits(cohort), scheme=self.scheme)
+
+    def _bits(self, cohort: int) -> int:
+        if self.scheme == "masked":
+            return self.bits or min(_MOST_BITS, 31 - max(cohort - 1, 1).bit_length())
+        return self.bits or bfv.Parameters.fitting(max(cohort, 1)).bits if self.scheme == "bfv" else _CKKS_BITS
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The whole numbers that one answer becomes, for a sum over at most `cohort` clients.
 
     A "mean" is an update of `size` elements with `extras` behind it, each clipped to +-`clip`, times the client's
     weight: min(rows, cap) / cap, or 1 where `cap` is 0. Behind it are the weight, the loss and the rows. "integers" and
-    "reals" are `size` sums, and the rows. Raises `ConfigError` where the sum might overflow.
+    "reals" are `size` sums, and the rows. `scheme` says how they are kept secret. Raises `ConfigError` where the sum
+    might overflow.
     """
 
     kind: Literal["mean", "integers", "reals"]
@@ -42,6 +78,7 @@ class Layout:
     bits: int = 20
     cap: int = 0
     extras: tuple[tuple[str, int], ...] = ()
+    scheme: Secrecy = "masked"
 
     def __post_init__(self) -> None:
         """Makes the ring, which refuses what does not fit."""
@@ -49,14 +86,18 @@ class Layout:
             raise PayloadError("a layout has no negative sizes")
         _ = self._point if self.kind == "mean" else self._reals
 
-    @staticmethod
-    def bits_for(cohort: int) -> int:
-        """As many bits for a value as leave room for the sum of so many."""
-        return min(_MOST_BITS, 31 - max(cohort - 1, 1).bit_length())
-
     @property
     def _ring(self) -> Ring:
-        return Ring(self.cohort)
+        if self.scheme == "bfv":
+            return bfv.Parameters(self.cohort, self.bits).ring
+        return Ring(self.cohort) if self.scheme == "masked" else Ring(self.cohort, (self.cohort << _CKKS_BITS) + 1)
+
+    @property
+    def encryption(self) -> Scheme:
+        """What an encrypted sum's key is for."""
+        if self.scheme == "bfv":
+            return bfv.Parameters(self.cohort, self.bits).scheme
+        return ckks.Parameters(self.cohort).scheme
 
     @property
     def _point(self) -> FixedPoint:
@@ -79,6 +120,21 @@ class Layout:
         """How many words an answer becomes."""
         limbs = self._integers.limbs
         return self._values + 1 + limbs * _EXACT if self.kind == "mean" else limbs * (self.size + 1)
+
+    @property
+    def sent(self) -> int:
+        """How many words of 32 bits one client sends."""
+        return self.words if self.scheme == "masked" else chunks_for(self.words) * SEEDED_BYTES // _WORD_BYTES
+
+    @property
+    def summed(self) -> int:
+        """How many words of 32 bits an encrypted sum has."""
+        return chunks_for(self.words) * FULL_BYTES // _WORD_BYTES
+
+    @property
+    def opened(self) -> int:
+        """How many words of 32 bits an encrypted sum has, once it is decrypted."""
+        return self.words * (2 if self.scheme == "ckks" else 1)
 
     def error_bound(self, clients: int, weight: int) -> float:
         """How far an element of the mean over `clients` may be off, whose weights in 1/4096 add up to `weight`."""
@@ -105,24 +161,42 @@ class Layout:
             self.extras,
         ):
             raise Refused(Reason.SHAPE, f"the update brings the vectors {update.sizes}, expected {dict(self.extras)}")
-        vector = update.weights.vector
-        if self.extras:
-            vector = np.concatenate([vector, *(update.extra[name] for name, _ in self.extras)])
         words = np.empty(self.words, dtype=np.uint32)
-        weight = weight_of(update.examples, self.cap) if self.cap else FULL_WEIGHT
-        self._point.encode(vector, weight, words[: self._values + 1])
+        self._point.encode(self._vector(update), self._weight(update), words[: self._values + 1])
         known = (0.0, 0.0) if update.loss is None else (update.loss * update.examples, float(update.examples))
         limbs = self._integers.limbs
         words[self._values + 1 : -limbs] = self._reals.encode(np.array(known))
         words[-limbs:] = self._integers.encode(rows)
         return words
 
+    def floats(self, answer: Answer) -> Floats:
+        """One client's words for CKKS, within +-1: a mean's values as they are, whole numbers scaled down.
+
+        Raises `Refused` as `encode` does.
+        """
+        found = self.encode(answer) / (1 << _CKKS_BITS)
+        if isinstance(answer, Update):
+            values = ckks.Clipped(self.clip).encode(self._vector(answer), self._weight(answer))
+            found[: self._values + 1] = values
+        return found
+
+    def _vector(self, update: Update) -> Vector:
+        vector = update.weights.vector
+        return np.concatenate([vector, *(update.extra[name] for name, _ in self.extras)]) if self.extras else vector
+
+    def _weight(self, update: Update) -> int:
+        return weight_of(update.examples, self.cap) if self.cap else FULL_WEIGHT
+
     # -- at the coordinator --------------------------------------------------------------------------------------------
 
-    def mean(self, total: Words, clients: tuple[str, ...], manifest: Manifest) -> Mean:
+    def mean(self, opened: Words, clients: tuple[str, ...], manifest: Manifest) -> Mean:
         """The mean from the opened sum of these clients' words; raises `SumSpoiled` for what is none."""
         limbs, out = self._integers.limbs, np.empty(self._values, dtype=np.float32)
-        self._point.decode(total[: self._values + 1], len(clients), out)
+        total = self._whole(opened, len(clients))
+        if self.scheme == "ckks":
+            ckks.Clipped(self.clip).decode(opened.view(np.float64)[: self._values + 1], len(clients), out)
+        else:
+            self._point.decode(total[: self._values + 1], len(clients), out)
         losses, counted = self._reals.decode(total[self._values + 1 : -limbs], len(clients))
         [rows] = self._integers.decode(total[-limbs:], len(clients))
         extra: dict[str, Vector] = {}
@@ -133,14 +207,25 @@ class Layout:
         loss = float(losses / counted) if counted else None
         return Mean(Weights(manifest, out[: self.size]), int(rows), clients, loss, extra)
 
-    def sums(self, total: Words, clients: tuple[str, ...]) -> Total:
+    def sums(self, opened: Words, clients: tuple[str, ...]) -> Total:
         """The sums from the opened sum of these clients' words; raises `SumSpoiled` for what is none."""
+        total = self._whole(opened, len(clients))
         if self.kind == "integers":
             whole = self._integers.decode(total, len(clients))
             return Total(whole[:-1], int(whole[-1]), clients)
         limbs = self._integers.limbs
         [rows] = self._integers.decode(total[-limbs:], len(clients))
         return Total(self._reals.decode(total[:-limbs], len(clients)), int(rows), clients)
+
+    def _whole(self, opened: Words, clients: int) -> Words:
+        """The whole numbers in an opened sum: of CKKS, rounded to what they must have been, a mean's values as 0."""
+        if self.scheme != "ckks":
+            return opened
+        scaled = opened.view(np.float64) * (1 << _CKKS_BITS)
+        scaled[: self._values + 1 if self.kind == "mean" else 0] = 0
+        if not np.abs(scaled).max(initial=0) <= clients << _CKKS_BITS:
+            raise SumSpoiled(f"the numbers of {clients} clients add up to more than they can")
+        return np.abs(np.rint(scaled)).astype(np.uint32)
 
     # -- as it travels -------------------------------------------------------------------------------------------------
 
@@ -157,9 +242,18 @@ class Layout:
             checked = {name: kind(fields.pop(name)) for name, kind in _FIELDS.items()}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise PayloadError(f"not a layout: {type(error).__name__}") from None
-        if fields or checked["kind"] not in ("mean", "integers", "reals"):
+        known = checked["kind"] in ("mean", "integers", "reals") and checked["scheme"] in ("masked", "bfv", "ckks")
+        if fields or not known:
             raise PayloadError("not a layout")
         return cls(**checked, extras=extras)
 
 
-_FIELDS: Mapping[str, type] = {"kind": str, "size": int, "cohort": int, "clip": float, "bits": int, "cap": int}
+_FIELDS: Mapping[str, type] = {
+    "kind": str,
+    "size": int,
+    "cohort": int,
+    "clip": float,
+    "bits": int,
+    "cap": int,
+    "scheme": str,
+}

@@ -19,7 +19,7 @@ from fedkit.crypto.masks import packed
 from fedkit.crypto.messages import Advertised, Shares, Unmasking, to_mapping
 from fedkit.crypto.ring import Words
 from fedkit.errors import PayloadError, Reason, Refused
-from fedkit.rounds.assignment import MaskStep
+from fedkit.rounds.assignment import MASKED_STEPS, MaskStep, Parcel
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.layout import Layout
 from fedkit.rounds.seat import letter
@@ -27,7 +27,7 @@ from fedkit.spool import Spooled
 from fedkit.weights import Vector, Weights
 from fedkit.work import Reply, Update
 
-__all__ = ["Asked", "MaskedSum", "RepliesFold", "WordsFold"]
+__all__ = ["Ask", "Asked", "MaskedSum", "Refuse", "RepliesFold", "Take", "WordsFold", "ask_each"]
 
 _BLOCK = 1 << 18  # words that are read of one client at a time
 
@@ -80,16 +80,36 @@ def _words(weights: Weights, start: int, scratch: Vector) -> Words:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One step as it is asked: what each client is told, and what takes the answers."""
+    """One step as it is asked: what each client is told, what takes the answers, and what is sent along.
+
+    `parcel` is None where that is the model, or nothing in a step that works nothing out.
+    """
 
     step: MaskStep
     messages: Mapping[str, bytes]
     fold: Fold[Reply] | Fold[Update]
     rule: Participation
+    parcel: Parcel | None = None
 
 
 Ask: TypeAlias = Callable[[Asked], Awaitable[None]]  # one step of all whom it has a message for, on record
 Aside: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]  # what long work returns
+Refuse: TypeAlias = Callable[[Refusal], None]  # puts a bad reply on record
+Take: TypeAlias = Callable[[str, bytes], None]  # one member's reply, or raises why it is none
+
+
+async def ask_each(ask: Ask, refuse: Refuse, asked: Asked, take: Take) -> None:
+    """Asks one step, and takes the replies; a bad one costs its sender its part, on record."""
+    await ask(asked)
+    assert isinstance(asked.fold, RepliesFold)  # the step is answered by replies
+    for name, reply in asked.fold.replies.items():
+        try:
+            take(name, reply)
+        except Refused as refused:
+            refuse(Refusal(name, refused.reason, refused.detail))
+        except PayloadError as error:
+            reason = Reason.MASKING if asked.step in MASKED_STEPS else Reason.ENCRYPTION
+            refuse(Refusal(name, reason, str(error)))
 
 
 class MaskedSum:
@@ -98,7 +118,7 @@ class MaskedSum:
     Raises `BelowThreshold` or `SumSpoiled`, which abandon the round, where it cannot be opened.
     """
 
-    def __init__(self, masked: Sum, ask: Ask, aside: Aside, refuse: Callable[[Refusal], None]) -> None:
+    def __init__(self, masked: Sum, ask: Ask, aside: Aside, refuse: Refuse) -> None:
         self._sum = masked
         self._ask = ask
         self._aside = aside
@@ -133,19 +153,10 @@ class MaskedSum:
         total: Words = await self._aside(fold.total)
         return total
 
-    async def _each(
-        self, step: MaskStep, messages: Mapping[str, bytes], rule: Participation, take: Callable[[str, bytes], None]
-    ) -> None:
+    async def _each(self, step: MaskStep, messages: Mapping[str, bytes], rule: Participation, take: Take) -> None:
         """Asks one step, and takes the replies."""
-        fold = RepliesFold(messages)
-        await self._ask(Asked(step, messages, fold, Participation(quorum=1, deadline_s=rule.deadline_s)))
-        for name, reply in fold.replies.items():
-            try:
-                take(name, reply)
-            except Refused as refused:
-                self._refuse(Refusal(name, refused.reason, refused.detail))
-            except PayloadError as error:
-                self._refuse(Refusal(name, Reason.MASKING, str(error)))
+        asked = Asked(step, messages, RepliesFold(messages), Participation(quorum=1, deadline_s=rule.deadline_s))
+        await ask_each(self._ask, self._refuse, asked, take)
 
     def _advertise(self, name: str, reply: bytes) -> None:
         advert = Advertised.from_bytes(reply)

@@ -63,7 +63,7 @@ def simulate(
     stays below its quorum.
     """
     names = client_names(clients)
-    require_privacy(strategy, task, task.build(seed), privacy, len(names))
+    require_privacy(strategy, task, task.build(seed), privacy, len(names), simulated=True)
     shield = shield_for(strategy, privacy.dp, len(names))
     plan_init = _init(init, task)
     _require_counts(workers=workers, threads=1 if threads is None else threads)

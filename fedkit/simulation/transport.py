@@ -11,11 +11,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias, TypeVar
 
+import numpy as np
+
 from fedkit import rng
+from fedkit.crypto.adding import add_up
+from fedkit.crypto.chunks import FULL_BYTES, Scheme, chunks_for
+from fedkit.crypto.ring import Words
 from fedkit.errors import Reason, Refused
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.simulation.roster import SimulatedRoster
 from fedkit.simulation.workers import Workers
+from fedkit.weights import Weights
 from fedkit.work import Answer
 
 __all__ = ["Latency", "SimulatedTransport"]
@@ -79,6 +85,14 @@ class SimulatedTransport:
     async def aside(self, phase: Literal["fold", "commit"], work: Callable[[], T]) -> T:  # noqa: ARG002
         """What `work()` returns, worked out here: time is virtual, so nobody waits."""
         return work()
+
+    async def add_up(
+        self, scheme: Scheme, fingerprint: bytes, values: int, uploads: Mapping[str, Weights]
+    ) -> tuple[Words, dict[str, str]]:
+        """The sum of uploads, added here."""
+        total = np.empty(chunks_for(values) * FULL_BYTES // 4, dtype="<u4")
+        words = {name: weights.vector.view("<u4") for name, weights in uploads.items()}
+        return total, add_up(scheme, fingerprint, values, words, total)
 
     def now(self) -> float:
         """Virtual seconds."""

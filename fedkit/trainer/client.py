@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
+from fedkit.crypto.encrypted import SecretKey
 from fedkit.errors import DataError, IncompatibleStrategy, Reason, Refused
 from fedkit.privacy.accounting import Tally, epsilon_of, rdp_of
 from fedkit.privacy.plan import Planned, planned
-from fedkit.rounds.assignment import Assignment, Parcel
-from fedkit.rounds.seat import Seat
+from fedkit.rounds.assignment import WORDS_STEPS, Assignment, Parcel
+from fedkit.rounds.seat import Key, Seat
 from fedkit.trainer.trainer import ClientState, Trainer
 from fedkit.work import Answer, Steps, Update
 
@@ -97,7 +98,8 @@ class LocalClient:
         self._spent: dict[str, Tally] = {}  # by run
         self._trainer = trainer
         self._store = store
-        self._sums: dict[str, bytes] = {}  # what it keeps of masked sums, by call
+        self._sums: dict[str, bytes] = {}  # what it keeps of sums in secret, by call
+        self._vows: dict[bytes, bytes] = {}  # which sums it has signed
         self._seat = seat
 
     def perform(self, assignment: Assignment, parcel: Parcel) -> Answer:
@@ -119,14 +121,26 @@ class LocalClient:
         if self._seat is None:
             raise Refused(Reason.MASKING, f"{self.name} has no seat in masked sums")
         left = self._sums.get(masking.call)
-        if masking.step != "vector":
-            reply, self._sums[masking.call] = self._seat.reply(assignment, left)
+        if masking.step not in WORDS_STEPS:
+            secret = SecretKey.make(masking.layout.encryption) if masking.step == "deliver" else None
+            reply, after = self._seat.reply(assignment, left, secret)
+            self._vow(self._seat.vow(assignment, after))
+            self._sums[masking.call] = after
             return reply, self._store.state()
-        masks, after = self._seat.masks(assignment, parcel.payload_digest, left)
+        cover, after = self._seat.cover(assignment, parcel.payload_digest, left)
+        if masking.step == "open":
+            assert isinstance(cover, Key)  # of that step
+            self._sums[masking.call] = after
+            return cover.opened(masking.layout, parcel.model), self._store.state()
         answer, state = self._worked(assignment, parcel)
-        masked = masks.mask(masking.layout, answer)
+        covered = cover.cover(masking.layout, answer)
         self._sums[masking.call] = after
-        return masked, state
+        return covered, state
+
+    def _vow(self, vow: tuple[bytes, bytes] | None) -> None:
+        """Raises `Refused` where another sum of the same round was signed before."""
+        if vow is not None and self._vows.setdefault(*vow) != vow[1]:
+            raise Refused(Reason.ENCRYPTION, "another sum of that round was signed before")
 
     def _worked(self, assignment: Assignment, parcel: Parcel) -> tuple[Answer, ClientState]:
         try:

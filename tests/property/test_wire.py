@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import grpc
 import numpy as np
@@ -35,8 +36,18 @@ from fedkit.protos.convert import (
 )
 from fedkit.protos.wire import Calls, Laden, _parser, _serializer, frame, load, unframe
 from fedkit.queries import Histogram, LabelCounts, Moments, RowCount
-from fedkit.rounds.assignment import Assignment, Clip, Masking, Parcel, Private
-from fedkit.rounds.layout import Layout
+from fedkit.rounds.assignment import (
+    MASKED_STEPS,
+    WORDS_STEPS,
+    Assignment,
+    Clip,
+    Masking,
+    MaskStep,
+    Parcel,
+    Private,
+    Returns,
+)
+from fedkit.rounds.layout import Layout, Secrecy
 from fedkit.server.database import Database
 from fedkit.weights import Entry, Manifest, Weights
 from fedkit.work import Evaluate, Fit, Gradient, MetricSums, Summarize, Summary
@@ -314,6 +325,14 @@ def asked(assignment: Assignment) -> pb.Assignment:
     return pb.Assignment.FromString(message.SerializeToString())
 
 
+_LAYOUT = json.loads(Layout("mean", 2, 3).to_json())
+
+
+def layout(**change: Any) -> str:
+    """A layout's text, changed."""
+    return json.dumps(_LAYOUT | change)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -324,19 +343,33 @@ def asked(assignment: Assignment) -> pb.Assignment:
         {"call": "x"},
         {"layout": "{}"},
         {"layout": "[" * 100_000},
-        {"layout": '{"kind": "mean", "size": 1, "cohort": 1, "clip": 1, "bits": 20, "cap": -1, "extras": []}'},
-        {"layout": '{"kind": "all", "size": 1, "cohort": 1, "clip": 1, "bits": 20, "cap": 1, "extras": []}'},
-        {"layout": '{"kind": "mean", "size": 1, "cohort": 9999, "clip": 1, "bits": 24, "cap": 1, "extras": []}'},
+        {"layout": layout(cap=-1)},
+        {"layout": layout(kind="all")},
+        {"layout": layout(scheme="rot13")},
+        {"layout": layout(scheme="bfv")},
+        {"layout": layout(cohort=9999, bits=24)},
+        {"step": "encrypt", "layout": layout(scheme="bfv", cohort=9999, bits=24)},
+        {"step": "encrypt", "layout": layout(scheme="bfv", bits=0)},
     ],
     ids=str,
 )
-def test_a_masked_sum_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+def test_a_sum_in_secret_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
     masking = Masking("0" * 32, "vector", Layout("mean", 2, 3))
     message = asked(Assignment("0" * 32, "run", 0, 1, "ada", Fit(), "words", masking=masking))
+    assert assignment_from_proto(message, "ada").masking == masking
     for name, value in change.items():
         setattr(message if name == "returns" else message.masking, name, value)
     with pytest.raises(PayloadError):
         assignment_from_proto(message, "ada")
+
+
+@pytest.mark.parametrize("step", get_args(MaskStep))
+def test_every_step_of_a_sum_in_secret_comes_back_the_same(step: MaskStep) -> None:
+    scheme: Secrecy = "masked" if step in MASKED_STEPS else "bfv"
+    returns: Returns = "words" if step in WORDS_STEPS else "reply"
+    masking = Masking("0" * 32, step, Layout("mean", 2, 3, scheme=scheme), b"told")
+    assignment = Assignment("0" * 32, "run", 0, 1, "ada", Fit(), returns, masking=masking)
+    assert assignment_from_proto(asked(assignment), "ada") == assignment
 
 
 @given(assignments)

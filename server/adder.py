@@ -1,0 +1,112 @@
+"""A process of the coordinator's that adds up ciphertexts: native code that crashes takes this process along, no other.
+
+The two talk in lines of JSON; vectors lie in files. `python -m fedkit.server.adder` is what runs there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+
+from fedkit.crypto.adding import add_up
+from fedkit.crypto.chunks import FULL_BYTES, Scheme, chunks_for
+from fedkit.crypto.ring import Words
+from fedkit.errors import FedkitError, SumSpoiled
+
+__all__ = ["AddingProcess", "main"]
+
+log = structlog.get_logger("fedkit.server")
+
+
+class AddingProcess:
+    """The process as the coordinator sees it: started when it is first needed, and again after it died."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._turn = asyncio.Lock()
+
+    def start(self) -> None:
+        """Starts it, unless it runs: it needs two seconds to load what it works with."""
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-m", "fedkit.server.adder"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 our own
+
+    async def add_up(
+        self, scheme: Scheme, fingerprint: bytes, values: int, uploads: Mapping[str, Path], out: Path
+    ) -> tuple[Words, dict[str, str]]:
+        """The sum of the uploads in these files, by way of the file `out`, which is gone afterwards.
+
+        Raises `SumSpoiled`, also where the process died of it.
+        """
+        task = {
+            "scheme": [scheme.name, scheme.cohort, scheme.modulus, scheme.scale],
+            "fingerprint": fingerprint.hex(),
+            "values": values,
+            "uploads": {name: str(path) for name, path in uploads.items()},
+            "out": str(out),
+        }
+        async with self._turn:
+            try:
+                answer = await asyncio.to_thread(self._asked, json.dumps(task).encode())
+                if "spoiled" in answer:
+                    raise SumSpoiled(answer["spoiled"])
+                return np.memmap(out, dtype="<u4", mode="r"), answer["refused"]
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    out.unlink()
+
+    def _asked(self, line: bytes) -> dict[str, Any]:
+        self.start()
+        process = self._process
+        assert process is not None  # it was started
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(line + b"\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer:
+            log.error("the process that adds died", status=process.wait())
+            raise SumSpoiled("the process that adds ciphertexts died of them")
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def close(self) -> None:
+        """Ends it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def main() -> None:
+    """Adds up what lines on standard input ask for, until that ends."""
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(_answer(json.loads(line))) + "\n")
+        sys.stdout.flush()
+
+
+def _answer(task: dict[str, Any]) -> dict[str, Any]:
+    name, cohort, modulus, scale = task["scheme"]
+    uploads = {who: np.memmap(path, dtype="<u4", mode="r") for who, path in task["uploads"].items()}
+    out = np.memmap(task["out"], dtype="<u4", mode="w+", shape=(chunks_for(task["values"]) * FULL_BYTES // 4,))
+    try:
+        scheme = Scheme(name, cohort, modulus=modulus, scale=scale)
+        refused = add_up(scheme, bytes.fromhex(task["fingerprint"]), task["values"], uploads, out)
+    except FedkitError as error:
+        return {"spoiled": str(error)}
+    return {"refused": refused}
+
+
+if __name__ == "__main__":
+    main()
