@@ -25,7 +25,7 @@ _AUDITED = frozenset(
         *("listening", "submitted", "cancelled", "run taken up", "run over", "refused"),
         *("round committed", "round rejected"),
         *("client here", "client gone", "call ended", "turned away", "enrolled", "renewed", "revoked"),
-        *("connected", "assignment failed", "privacy reserved", "stored", "settled", "result refused"),
+        *("connected", "assignment failed", "privacy reserved", "sum opened", "stored", "settled", "result refused"),
         *("roster changed", "roster refused", "certificate renewed", "certificate not renewed"),
     }
 )

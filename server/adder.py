@@ -10,6 +10,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ class AddingProcess:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._turn = asyncio.Lock()
+        self._turn = threading.Lock()  # which a request keeps until it is answered, whether or not anybody waits
 
     def start(self) -> None:
         """Starts it, unless it runs: it needs two seconds to load what it works with."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        if self._process is None:
             command = [sys.executable, "-m", "fedkit.server.adder"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: S603 our own
 
@@ -54,17 +57,22 @@ class AddingProcess:
             "uploads": {name: str(path) for name, path in uploads.items()},
             "out": str(out),
         }
-        async with self._turn:
-            try:
-                answer = await asyncio.to_thread(self._asked, json.dumps(task).encode())
-                if "spoiled" in answer:
-                    raise SumSpoiled(answer["spoiled"])
-                return np.memmap(out, dtype="<u4", mode="r"), answer["refused"]
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    out.unlink()
+        try:
+            answer = await asyncio.to_thread(self._asked, json.dumps(task).encode())
+            if "spoiled" in answer:
+                raise SumSpoiled(answer["spoiled"])
+            return np.memmap(out, dtype="<u4", mode="r"), answer["refused"]
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                out.unlink()
 
     def _asked(self, line: bytes) -> dict[str, Any]:
+        with self._turn:
+            answer = self._answered(line)
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+    def _answered(self, line: bytes) -> bytes:
         self.start()
         process = self._process
         assert process is not None  # it was started
@@ -77,16 +85,18 @@ class AddingProcess:
         except BrokenPipeError:
             answer = b""
         if not answer:
-            log.error("the process that adds died", status=process.wait())
+            log.error("the process that adds died")
+            self.close()
             raise SumSpoiled("the process that adds ciphertexts died of them")
-        found: dict[str, Any] = json.loads(answer)
-        return found
+        return answer
 
     def close(self) -> None:
         """Ends it."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate()
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from fedkit.server.journal import SqliteJournal
 from fedkit.server.transport import RunTransport
 from fedkit.spool import Intake
 
-__all__ = ["ARCHIVE", "MASKING", "SPENDING", "STEPS", "Said", "Step", "archive_updates"]
+__all__ = ["ARCHIVE", "ENCRYPTING", "MASKING", "SPENDING", "STEPS", "Said", "Step", "archive_updates"]
 
 ARCHIVE = "FEDKIT_TEST_ARCHIVE"
 _BLOB = re.compile(r".*/models/[0-9a-f]{64}")
@@ -167,6 +167,20 @@ MASKING: dict[str, Step | Said] = {
     for who, owner, name, done in (("ada", Outbox, "put", "stored"), ("server", SqliteJournal, "note", "noted"))
     for when in ("before", "after")
     for number in range(1, 6)
+}
+
+
+# In an encrypted sum, behind those of round 0: cyd makes the key of round 1 and is one of those who open the sum.
+ENCRYPTING: dict[str, Step | Said] = {
+    f"{who}: {when} step {number} of an encrypted sum is {done}": Step(
+        owner, name, is_after=when == "after", at=before + number
+    )
+    for who, owner, name, done, before in (
+        ("cyd", Outbox, "put", "stored", 5),
+        ("server", SqliteJournal, "note", "noted", 6),
+    )
+    for when in ("before", "after")
+    for number in range(1, 7)
 }
 
 

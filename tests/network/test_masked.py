@@ -92,19 +92,24 @@ def test_a_masked_run_may_be_private_too(federation: Hatched) -> None:
 
 @pytest.mark.parametrize("step", steps.MASKING)
 def test_a_process_that_is_killed_in_a_masked_sum_costs_no_bit(federation: Hatched, step: str) -> None:
+    killed_at(federation, step, MASKED)
+
+
+def killed_at(federation: Hatched, step: str, privacy: fedkit.Privacy) -> None:
+    """One process dies there and comes back; the run ends as if it had not."""
     victim, strategy = step.partition(":")[0], FedAvg(rounds=1, local=FIT)
     federation.kill(victim)
     federation.due[victim] = step
     federation._restart(victim)
     federation.wait_for_server()
     with fedkit.connect(federation.address, federation.operator) as coordinator:
-        run = coordinator.submit(tasks.plain, strategy, seed=3, min_clients=len(CLIENTS), privacy=MASKED)
+        run = coordinator.submit(tasks.plain, strategy, seed=3, min_clients=len(CLIENTS), privacy=privacy)
         assert federation.processes[victim].wait(30) == -signal.SIGKILL
         federation._restart(victim)
         federation.wait_for_server()
         list(coordinator.watch(run))
         result = coordinator.result(run, tasks.plain)
-    assert result.weights == simulated(strategy).weights
+    assert result.weights == simulated(strategy, privacy=privacy).weights
     assert [record.refusals for record in result.history] == [()]
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from fedkit.client.outbox import Outbox, Stored
-from fedkit.errors import StorageError
+from fedkit.errors import Refused, StorageError
 from fedkit.spool import payload_digest
 from fedkit.trainer.client import MemoryStore
 from fedkit.work import MetricSums, Summary
@@ -279,6 +279,24 @@ def test_news_that_comes_twice_changes_nothing(outbox: Outbox, folder: Path) -> 
         outbox.settle([key(1)], [])
         assert state_of(outbox) == b"one"
         assert files(folder) == {f"{key(1)}.state"}
+
+
+def test_what_was_vowed_is_never_taken_back_and_nothing_else_is_stored_with_it(outbox: Outbox, folder: Path) -> None:
+    def signed(number: int, statement: bytes, of: Outbox) -> None:
+        reply = Stored(key(number), RUNS[0], 0, sums=["c2lnbmVk"], kind="reply")
+        of.put(reply, has_state=False, seat=("call", b"kept"), vow=(b"round 1", statement))
+
+    signed(1, b"one sum", outbox)
+    signed(2, b"one sum", outbox)
+    outbox.settle([key(1), key(2)], [])
+    outbox.close()
+    again = Outbox(folder)
+    with pytest.raises(Refused, match="another sum of that round was signed before"):
+        signed(3, b"another", again)
+    assert again.find(key(3)) is None
+    assert again.seat("call") is None
+    signed(4, b"one sum", again)
+    again.close()
 
 
 def test_the_files_of_running_work_outlive_any_settlement(outbox: Outbox, folder: Path) -> None:
