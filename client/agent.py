@@ -369,7 +369,7 @@ class Agent:
         return {}
 
     async def _reply(self, assignment: Assignment) -> None:
-        """One step of a sum in secret in which nothing is worked out: its answer is stored with what it leaves."""
+        """One step of a secure sum in which nothing is worked out: its answer is stored with what it leaves."""
         seat, masking = self._permits.seat(), assignment.masking
         assert masking is not None  # it is asked for a reply
         secret = await self._made_key(assignment.id, masking.layout) if masking.step == "deliver" else None
@@ -390,7 +390,7 @@ class Agent:
     async def _cover(
         self, message: pb.Assignment, assignment: Assignment
     ) -> tuple[Cover | None, tuple[str, bytes] | None]:
-        """What goes on the answer, and what that leaves; neither where it is not for a sum in secret."""
+        """What goes on the answer, and what that leaves; neither where it is not for a secure sum."""
         masking = assignment.masking
         if masking is None:
             return None, None

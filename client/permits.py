@@ -105,11 +105,11 @@ class Permits:
         return found
 
     def seat(self) -> Seat:
-        """This site's seat in sums in secret; raises `Refused` where it cannot have one."""
+        """This site's seat in secure sums; raises `Refused` where it cannot have one."""
         found = self._roster.seat(self.policy.min_cohort)
         if found is None:
             raise Refused(
-                Reason.MASKING, "sums in secret are over members of this site's roster: give --roster, --identity"
+                Reason.MASKING, "secure aggregation is over members of this site's roster: give --roster, --identity"
             )
         return found
 

@@ -237,7 +237,7 @@ def _cover(job: Mapping[str, Any], layout: Layout) -> Cover:
 
 
 def _covered(job: Mapping[str, Any], assignment: Assignment, answer: Answer) -> Answer:
-    """The answer as nobody can read it, where it is for a sum in secret."""
+    """The answer as nobody can read it, where it is for a secure sum."""
     masking = assignment.masking
     return answer if masking is None else _cover(job, masking.layout).cover(masking.layout, answer)
 

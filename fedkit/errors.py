@@ -14,9 +14,9 @@ FedkitError
 ├── Refused                a client, or a check on its answer, refuses one assignment
 ├── RunError
 │   ├── RoundAbandoned     a round fell below its quorum; it is tried again
-│   │   ├── BelowThreshold a sum in secret has lost more members than it can do without
+│   │   ├── BelowThreshold a secure sum has lost more members than it can do without
 │   │   ├── RoundLost      an encrypted sum stays closed; the round is passed over
-│   │   └── SumSpoiled     a sum in secret cannot be opened, or is no sum of honest answers
+│   │   └── SumSpoiled     a secure sum cannot be opened, or is no sum of honest answers
 │   ├── RunFailed          a round was abandoned as often as the run allows
 │   ├── RunCancelled       an operator ended the run; its last committed model stands
 │   ├── IncompatibleStrategy     a strategy and a task or setting cannot work together
@@ -157,7 +157,7 @@ class RoundAbandoned(RunError):
 
 
 class BelowThreshold(RoundAbandoned):
-    """Fewer members than the threshold are left in a sum in secret: it stays closed, and nothing of it can be read."""
+    """Fewer members than the threshold are left in a secure sum: it stays closed, and nothing of it can be read."""
 
 
 class RoundLost(RoundAbandoned):
@@ -165,7 +165,7 @@ class RoundLost(RoundAbandoned):
 
 
 class SumSpoiled(RoundAbandoned):
-    """A sum in secret cannot be opened, or is none of honest answers; `members` are those whose part is wrong."""
+    """A secure sum cannot be opened, or is none of honest answers; `members` are those whose part is wrong."""
 
     def __init__(self, text: str, members: tuple[str, ...] = ()) -> None:
         super().__init__(text)

@@ -179,13 +179,13 @@ def assignment_from_proto(message: pb.Assignment, client: str) -> Assignment:
 
 def _masking(message: pb.Assignment) -> Masking | None:
     if message.HasField("masking") != (message.returns in (pb.WORDS, pb.REPLY)):
-        raise PayloadError(f"assignment {message.id}: words and replies belong to sums in secret")
+        raise PayloadError(f"assignment {message.id}: words and replies belong to secure sums")
     if not message.HasField("masking"):
         return None
     found = message.masking
     step = next((one for one in get_args(MaskStep) if one == found.step), None)
     if step is None or (step in WORDS_STEPS) != (message.returns == pb.WORDS) or not _ID.fullmatch(found.call):
-        raise PayloadError(f"assignment {message.id}: there is no such step of a sum in secret")
+        raise PayloadError(f"assignment {message.id}: there is no such step of a secure sum")
     return Masking(found.call, step, Layout.from_json(found.layout), found.message)
 
 

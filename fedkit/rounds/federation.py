@@ -216,7 +216,7 @@ class JournaledFederation:
         self.now.contributed(release.mean.clients, release.mean.examples, None)
         return release.mean
 
-    # -- sums in secret ------------------------------------------------------------------------------------------------
+    # -- secure sums ------------------------------------------------------------------------------------------------
 
     async def _secret_mean(
         self, rule: Secret, cohort: Collection[str], parcel: Parcel, work: Fit | Gradient, weights: Weighting
@@ -267,7 +267,7 @@ class JournaledFederation:
             raise type(error)(text) from None
 
     async def _step(self, first: Masking, asked: Asked, work: Work, parcel: Parcel) -> None:
-        """One step of a sum in secret, a call of its own."""
+        """One step of a secure sum, a call of its own."""
         masking = {name: replace(first, step=asked.step, message=text) for name, text in asked.messages.items()}
         is_worked = asked.step in ("vector", "encrypt")
         sent = asked.parcel or (parcel if is_worked else Parcel(_NO_MODEL))
@@ -388,7 +388,7 @@ class JournaledFederation:
         total: Total | None
         if self.identity.secret is not None:
             if query.size is None:
-                raise ConfigError("sums without public bounds cannot be added up in secret: give the query bounds")
+                raise ConfigError("sums without public bounds cannot be added up securely: give the query bounds")
             layout = self.identity.secret.sums("integers", query.size, len(cohort))
             total = await self._secret_total(cohort, parcel, work, layout, rule)
         else:

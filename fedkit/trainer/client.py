@@ -98,7 +98,7 @@ class LocalClient:
         self._spent: dict[str, Tally] = {}  # by run
         self._trainer = trainer
         self._store = store
-        self._sums: dict[str, bytes] = {}  # what it keeps of sums in secret, by call
+        self._sums: dict[str, bytes] = {}  # what it keeps of secure sums, by call
         self._vows: dict[bytes, bytes] = {}  # which sums it has signed
         self._seat = seat
 

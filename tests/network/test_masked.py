@@ -272,7 +272,7 @@ def test_nobody_takes_a_step_of_one_sum_twice(
 def test_a_site_without_a_roster_takes_no_part(tmp_path: Path) -> None:
     with (
         Hatched(tmp_path, [TASK], CLIENTS[:3], environment={"PYTHONPATH": str(ROOT)}) as running,
-        pytest.raises(RunFailed, match="masked sums are over members of"),
+        pytest.raises(RunFailed, match="secure aggregation is over members of"),
     ):
         trained(running, FedAvg(rounds=1, local=FIT), min_clients=3)
 
