@@ -129,7 +129,7 @@ class Federation:
         except fedkit.FedkitError:
             return 0
 
-    def rounds(self, count: int, aggregation: Literal["plain", "masked"] = "plain") -> float:
+    def rounds(self, count: int, aggregation: Literal["plain", "masked", "bfv"] = "plain") -> float:
         """The median seconds between the commits of `count` + 1 rounds of FedAvg."""
         marks: list[float] = []
         strategy = FedAvg(rounds=count + 1, local=fedkit.Fit(steps=1))

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from bench.dp_steps import private_steps
-from bench.network import coordinator_memory, first_round, masked_cost, network_rounds, tls_cost
+from bench.network import coordinator_memory, first_round, network_rounds, secure_cost, tls_cost
 from bench.speed import import_time, many_clients, simulated_training
 from bench.table import Figure, show
 
@@ -26,7 +26,14 @@ def ratios(peer: str | None) -> list[Figure]:
 
 def network(peers: str | None) -> list[Figure]:
     """What real processes on loopback take; frameworks only where they are installed."""
-    return [*network_rounds(peers), tls_cost(), masked_cost(), *coordinator_memory(), first_round()]
+    return [
+        *network_rounds(peers),
+        tls_cost(),
+        secure_cost("masked"),
+        secure_cost("bfv"),
+        *coordinator_memory(),
+        first_round(),
+    ]
 
 
 def arguments() -> argparse.Namespace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -210,13 +210,6 @@ def enroll(
         trusted.join(coordinator, out, token_file)
 
 
-class Aggregation(enum.StrEnum):
-    """How a run's answers are added up."""
-
-    PLAIN = "plain"
-    MASKED = "masked"
-
-
 @app.command()
 def demo(
     strategy: Annotated[list[str] | None, typer.Option(help="Only these strategies; may be repeated.")] = None,
@@ -229,16 +222,19 @@ def demo(
         bool, typer.Option("--dp", help="With differential privacy: FedAvg at epsilon 3, and accuracy against epsilon.")
     ] = False,
     aggregation: Annotated[
-        Aggregation, typer.Option(help="masked: nobody sees more of FedAvg's updates than their sum.")
-    ] = Aggregation.PLAIN,
+        Literal["plain", "masked", "bfv", "ckks"],
+        typer.Option(
+            help="FedAvg, of whose updates nobody sees more than their sum: masked, or encrypted (bfv, ckks)."
+        ),
+    ] = "plain",
     as_json: Json = False,
 ) -> None:
     """One model across four hospitals: five strategies compared, a plot, an ONNX file."""
-    from fedkit.cli.demonstrated import demonstrated, demonstrated_masked, demonstrated_privately
+    from fedkit.cli.demonstrated import demonstrated, demonstrated_privately, demonstrated_securely
 
     with edge():
-        if aggregation is Aggregation.MASKED:
-            demonstrated_masked(out, seed, in_process=in_process, as_json=as_json)
+        if aggregation != "plain":
+            demonstrated_securely(aggregation, out, seed, in_process=in_process, as_json=as_json)
             return
         if dp:
             demonstrated_privately(out, seed, in_process=in_process, as_json=as_json)

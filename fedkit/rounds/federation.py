@@ -587,7 +587,7 @@ class JournaledFederation:
         kept = self.journal.answer(assignment.id)
         if kept is not None:
             return kept
-        now.bytes_down += parcel.payload_bytes
+        now.bytes_down += parcel.payload_bytes + (len(assignment.masking.message) if assignment.masking else 0)
         answer = await self.transport.perform(assignment, parcel, race=race)
         inspect(answer, assignment.returns, assignment.answer_manifest(parcel.model.manifest))
         return answer
