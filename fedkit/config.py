@@ -219,15 +219,18 @@ class DP(Settings):
 class Privacy(Settings):
     """What protects the clients' data in a run: `dp`, and how answers are added up (`aggregation`).
 
-    "masked": nobody, the coordinator included, sees more of updates, scores and statistics than their sum over at least
-    three clients (Bonawitz et al. 2017). "bfv": clients encrypt under a key that they share, and the coordinator, which
-    has none, adds up ciphertexts; whoever has the key, together with the coordinator, sees all. "ckks" the same with
-    floats, in simulation alone. Each element of an update is clipped to +-`clip` then, and kept to as many bits as the
-    cohort leaves room for, 24 at most, or to `bits`.
+    "plain": the coordinator sees each update. "masked": nobody, the coordinator included, sees more of updates, scores
+    and statistics than their sum over at least three clients (Bonawitz et al. 2017). "bfv": clients encrypt under a key
+    that they share, and the coordinator, which has none, adds up ciphertexts; whoever has the key, together with the
+    coordinator, sees all. "ckks": the same with floats, in simulation alone. None: "masked" on a federation whose
+    roster has three members or more, for whatever needs no more than sums; else "plain".
+
+    But for "plain", each element of an update is clipped to +-`clip`, and kept to as many bits as the cohort leaves
+    room for, 24 at most, or to `bits`.
     """
 
     dp: DP | None = None
-    aggregation: Literal["plain", "masked", "bfv", "ckks"] = "plain"
+    aggregation: Literal["plain", "masked", "bfv", "ckks"] | None = None
     clip: PositiveFloat = 16.0
     bits: Annotated[int, Field(ge=8, le=24)] | None = None
 

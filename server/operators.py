@@ -214,7 +214,7 @@ class DescribingService:
             here = [client for client in self._book.clients() if client.state in ("ready", "working")]
             return agents_pb2.RunDescription(
                 run_file=file.to_json(),
-                aggregation=file.privacy.aggregation,
+                aggregation=file.privacy.aggregation or "plain",
                 state=status.state,
                 clients=sum(status.task in client.tasks for client in here),
             )

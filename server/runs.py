@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from torch import nn
 
 from fedkit import packing, registry
 from fedkit.config import parse
 from fedkit.errors import FedkitError, Reason, RunError, StorageError
 from fedkit.history import History
-from fedkit.privacy.submission import require_privacy, shield_for
+from fedkit.privacy.submission import fewest, require_privacy, shield_for, with_aggregation
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome, Plan, conduct
 from fedkit.rounds.journal import RoundRecord
@@ -103,6 +104,7 @@ class Runs:
         strategy, task = file.build_strategy(), self._task(file)
         fresh = task.build(file.run.seed)
         strategy.check(task, fresh)
+        file = self._settled(file, strategy, task, fresh)
         strategy.require_clients(_min_clients(file, strategy))
         require_privacy(strategy, task, fresh, file.privacy, _min_clients(file, strategy))
         if init is not None:
@@ -113,6 +115,12 @@ class Runs:
         self._begin(stored)
         return self._status(stored)
 
+    def _settled(self, file: RunFile, strategy: Strategy, task: Task, fresh: nn.Module) -> RunFile:
+        """The run file with the aggregation that it leaves to this federation."""
+        roster = self._attendance.roster
+        about = (file.privacy, _min_clients(file, strategy), 0 if roster is None else len(roster.members))
+        return file.replace(privacy=with_aggregation(strategy, task, fresh, *about))
+
     def _task(self, file: RunFile) -> Task:
         name = file.run.task or ""
         return self._tasks.get(name) or registry.find_task(name)
@@ -121,7 +129,9 @@ class Runs:
         file = parse(RunFile, stored.file)
         strategy, task = file.build_strategy(), self._task(file)
         holds_out_valid = file.evaluate is not None or strategy.needs_valid
-        terms = Terms(stored.id, task.name, type(strategy).__name__, holds_out_valid, file.privacy.aggregation)
+        terms = Terms(
+            stored.id, task.name, type(strategy).__name__, holds_out_valid, file.privacy.aggregation or "plain"
+        )
         spool = self._folder / "spool" / stored.id
         transport = RunTransport(terms, self._attendance, self._database, spool, self._metrics, self._room, self._adder)
         live = self._live[stored.name] = _Live(stored.name, transport, self._journal(stored, transport.spares.give))
@@ -351,7 +361,7 @@ class Runs:
 
 def _min_clients(file: RunFile, strategy: Strategy) -> int:
     """How many must be there before a round begins."""
-    return file.run.min_clients or strategy.participation.quorum or max(strategy.least, 2)
+    return file.run.min_clients or strategy.participation.quorum or fewest(strategy, file.privacy)
 
 
 def _rounds(file: RunFile) -> int:

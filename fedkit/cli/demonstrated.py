@@ -88,10 +88,10 @@ def demonstrated_securely(scheme: Secrecy, out: Path, seed: int, *, in_process: 
     if not as_json:
         _introduce()
     results: dict[str, Result] = {}
-    plain, secure = Privacy(), Privacy(aggregation=scheme)
+    plain, secure = Privacy(aggregation="plain"), Privacy(aggregation=scheme)
     with _federation(out, in_process or scheme == "ckks", as_json, roster=True) as coordinator:
         for privacy in (plain, secure):
-            results[privacy.aggregation] = _trained_with(privacy, seed, as_json, coordinator)
+            results[str(privacy.aggregation)] = _trained_with(privacy, seed, as_json, coordinator)
     facts = {name: _secure_facts(result) for name, result in results.items()}
     apart = float(abs(results["plain"].weights.vector - results[scheme].weights.vector).max())
     if as_json:

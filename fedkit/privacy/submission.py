@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import nn
 
 from fedkit.config import DP, Privacy
 from fedkit.crypto.ckks import refuse_handing_back
 from fedkit.crypto.member import LEAST_COHORT
 from fedkit.crypto.seal import require_library
-from fedkit.errors import IncompatibleStrategy
+from fedkit.errors import ConfigError, IncompatibleStrategy
 from fedkit.privacy import models
 from fedkit.privacy.clients import ClientLevel, require_client_level
 from fedkit.rounds.layout import Secret
@@ -17,7 +19,7 @@ from fedkit.task import Task
 from fedkit.weights import Weights
 from fedkit.work import Fit
 
-__all__ = ["require_privacy", "require_private", "shield_for"]
+__all__ = ["fewest", "require_privacy", "require_private", "shield_for", "with_aggregation"]
 
 
 def require_privacy(
@@ -40,6 +42,27 @@ def require_privacy(
         refuse_handing_back(to_coordinator=secret.scheme == "ckks" and not simulated)
         require_library()
     secret.mean(Weights.from_module(module, task.travels).manifest.size, asked, 1)
+
+
+def with_aggregation(
+    strategy: Strategy, task: Task, module: nn.Module, privacy: Privacy, clients: int, members: int
+) -> Privacy:
+    """The same privacy with its aggregation settled where it says none, for a roster of so many members."""
+    if privacy.aggregation is not None:
+        return privacy
+    masked = privacy.replace(aggregation="masked")
+    try:
+        require_privacy(strategy, task, module, masked, clients)
+    except (ConfigError, IncompatibleStrategy):
+        return privacy.replace(aggregation="plain")
+    return masked if members >= LEAST_COHORT else privacy.replace(aggregation="plain")
+
+
+def fewest(strategy: Strategy, privacy: Privacy) -> int:
+    """With how many clients a run may begin where nothing else is said: 2, or as many as leave a sum of three."""
+    if privacy.aggregation == "plain":
+        return max(strategy.least, 2)
+    return next(count for count in itertools.count(LEAST_COHORT) if strategy.asked(count) >= LEAST_COHORT)
 
 
 def _require_summable(kind: str, strategy: Strategy, task: Task, privacy: Privacy) -> None:

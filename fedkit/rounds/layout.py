@@ -45,7 +45,7 @@ class Secret:
     def of(cls, privacy: Privacy) -> Secret | None:
         """How a run with this privacy does; None where answers are plain."""
         kind = privacy.aggregation
-        return None if kind == "plain" else cls(kind, privacy.clip, privacy.bits)
+        return None if kind is None or kind == "plain" else cls(kind, privacy.clip, privacy.bits)
 
     def mean(self, size: int, cohort: int, cap: int, extras: tuple[tuple[str, int], ...] = ()) -> Layout:
         """The layout of the updates of at most so many; raises `ConfigError` where they do not fit."""

@@ -16,6 +16,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedkit
 from bench.processes import free_port
+from fedkit.client.prospect import describe
+from fedkit.client.settings import AgentSettings
 from fedkit.crypto.masks import packed
 from fedkit.crypto.member import Member
 from fedkit.crypto.messages import Advertised, Cohort
@@ -23,7 +25,7 @@ from fedkit.errors import RoundAbandoned, RunFailed
 from fedkit.rounds import masked as rounds_masked
 from fedkit.rounds.masked import Asked, MaskedSum, RepliesFold, WordsFold
 from fedkit.server.process import CoordinatorSettings
-from fedkit.strategies import FedAvg, FedSGD, Scaffold
+from fedkit.strategies import CyclicWeightTransfer, FedAvg, FedSGD, Scaffold
 from tests.network import steps, tasks
 from tests.network.conftest import ROOT
 from tests.network.hatchery import Hatched
@@ -85,6 +87,35 @@ def test_a_masked_run_may_be_private_too(federation: Hatched) -> None:
     result = trained(federation, FedAvg(rounds=2, local=FIT), privacy=rule)
     assert set(result.history[-1].epsilon) == set(CLIENTS)
     assert all(0.0 < epsilon <= 3.0 for epsilon in result.history[-1].epsilon.values())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "given", "aggregation"),
+    [
+        (FedAvg(rounds=1, local=FIT), {}, "masked"),
+        (FedAvg(rounds=1, local=FIT), {"privacy": fedkit.Privacy(dp=fedkit.DP(epsilon=3.0, delta=1e-3))}, "masked"),
+        (FedAvg(rounds=1, local=FIT), {"min_clients": 2}, "plain"),
+        (FedAvg(rounds=1, local=FIT), {"privacy": fedkit.Privacy(aggregation="plain")}, "plain"),
+        (CyclicWeightTransfer(rounds=1, local=FIT), {}, "plain"),
+    ],
+    ids=["mean", "private", "two clients", "said", "hops"],
+)
+def test_where_nothing_else_is_said_what_needs_no_more_than_sums_is_masked(
+    federation: Hatched, strategy: fedkit.Strategy, given: dict[str, Any], aggregation: str
+) -> None:
+    with fedkit.connect(federation.address, federation.operator) as coordinator:
+        run = coordinator.submit(tasks.plain, strategy, seed=3, **given)
+        assert federation_says(federation, run) == aggregation
+        list(coordinator.watch(run))
+        result = coordinator.result(run, tasks.plain)
+    assert bool(result.test_per_client) == (aggregation == "plain")
+    assert len(result.history[0].clients) >= (3 if aggregation == "masked" else 2)
+
+
+def federation_says(federation: Hatched, run: str) -> str:
+    """How the coordinator tells its clients that a run's answers are added up."""
+    about = {"coordinator": federation.address, "name": "ada", "identity": federation.identity("ada")}
+    return describe(AgentSettings(tasks=(TASK,), **about), run).aggregation
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def options(federation: Loopback, name: str) -> None:
 
 def trained(federation: Loopback, strategy: object = None, task: fedkit.Task = tasks.plain, **given: object):
     strategy = strategy or FedAvg(rounds=1, local=LOCAL)
+    given = {"privacy": fedkit.Privacy(aggregation="plain")} | given
     with fedkit.connect(federation.address, federation.operator) as coordinator:
         return coordinator.run(task, strategy, seed=3, min_clients=3, progress=False, **given)
 
