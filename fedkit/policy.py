@@ -95,7 +95,8 @@ class Policy(Settings):
 
     * `tasks`: those that may be worked on, by name; empty: all that the agent was started with.
     * `budgets`: the privacy that each data set may cost, by its id. Private training needs one.
-    * `strategies`, `work`, `aggregation`: their names; `strategies` None: all.
+    * `strategies`, `work`, `aggregation`: their names; `strategies` None: all. "plain", which shows the coordinator this
+      site's updates, must be named, and hops are plain.
     * `min_cohort`: of members of the roster, this site among them, that must be asked together. It does not bound a
       hop, which hands one site's model to the next: leave "hop" out of `work` to forbid that.
     * `min_batch_size` and `min_steps`: what one row contributes to an update falls with both. The last batch of a pass
@@ -115,7 +116,7 @@ class Policy(Settings):
     budgets: dict[Name, BudgetRule] = field(default_factory=dict)
     strategies: tuple[Name, ...] | None = None
     work: tuple[Kind, ...] = ("fit", "hop", "gradient", "evaluate", "summarize")
-    aggregation: tuple[Aggregation, ...] = AGGREGATIONS
+    aggregation: tuple[Aggregation, ...] = ("masked", "bfv")
     min_cohort: PositiveInt = 1
     min_batch_size: PositiveInt = 8
     min_steps: PositiveInt = 1
@@ -139,7 +140,9 @@ class Policy(Settings):
     def unrestricted() -> Policy:
         """What holds on loopback where nobody wrote a policy: everything goes, because nothing leaves the machine."""
         uncounted: dict[str, Any] = {"summaries_per_run": None, "evaluations_per_round": None}
-        return _Unrestricted(min_batch_size=1, metrics_per_client=True, min_rows_per_class=1, **uncounted)
+        return _Unrestricted(
+            aggregation=AGGREGATIONS, min_batch_size=1, metrics_per_client=True, min_rows_per_class=1, **uncounted
+        )
 
     def data_of(self, task: str) -> str:
         """The id of the data set that a task reads."""

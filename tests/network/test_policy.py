@@ -38,7 +38,9 @@ from tests.network.conftest import CLIENTS, ROOT, loopback
 from tests.network.gates import here
 
 LOCAL = fedkit.Fit(steps=4, batch_size=8, lr=0.1)
+PLAIN = 'aggregation = ["plain", "masked"]\n'
 POLICY = f"""
+{PLAIN}
 strategies = ["FedAvg", "FedSGD"]
 work = ["fit", "gradient", "evaluate"]
 min_cohort = 3
@@ -53,7 +55,7 @@ data = "cohort-7"
 [tasks.stateful]
 source = "{"0" * 64}"
 """
-OPEN = "min_batch_size = 1\nmetrics_per_client = true\nmin_rows_per_class = 1\n"
+OPEN = PLAIN + "min_batch_size = 1\nmetrics_per_client = true\nmin_rows_per_class = 1\n"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory):
     for name, key in keys.items():
         chain = chain.sign(name, key)
     chain.save(folder / "roster.json")
-    for name, text in (("ada", POLICY), ("bea", OPEN), ("cyd", "")):
+    for name, text in (("ada", POLICY), ("bea", OPEN), ("cyd", PLAIN)):
         (folder / f"{name}.toml").write_text(text)
     running.server_options[:] = ["--roster", str(folder / "roster.json")]
     running.start_server()

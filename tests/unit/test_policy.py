@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +16,11 @@ from fedkit.queries import Moments
 from fedkit.work import Evaluate, Fit, Gradient, Summarize
 
 FIT = Fit(steps=10, batch_size=16, lr=0.1)
-TRAIN = Wish("heart", "FedAvg", FIT, "update", "plain", 3)
+TRAIN = Wish("heart", "FedAvg", FIT, "update", "masked", 3)
+PLAIN: dict[str, Any] = {"aggregation": ("plain",)}
 HOP = Wish("heart", "CyclicWeightTransfer", FIT, "weights", "plain", 1)
-SCORE = Wish("heart", "FedAvg", Evaluate(), "sums", "plain", 3)
-ASK = Wish("heart", "FedAvg", Summarize(query=Moments(bounds=[(0.0, 1.0)])), "sums", "plain", 3)
+SCORE = Wish("heart", "FedAvg", Evaluate(), "sums", "masked", 3)
+ASK = Wish("heart", "FedAvg", Summarize(query=Moments(bounds=[(0.0, 1.0)])), "sums", "masked", 3)
 SOURCE = "ab" * 32
 
 
@@ -26,7 +28,7 @@ def said(rules: Policy, wish: Wish) -> list[str]:
     return [str(objection) for objection in rules.objections(wish)]
 
 
-@pytest.mark.parametrize("wish", [TRAIN, HOP, SCORE, ASK], ids=lambda wish: wish.kind)
+@pytest.mark.parametrize("wish", [TRAIN, SCORE, ASK], ids=lambda wish: wish.kind)
 def test_the_defaults_let_ordinary_work_through(wish: Wish) -> None:
     assert said(Policy(), wish) == []
 
@@ -41,9 +43,10 @@ def with_work(**changes: object) -> Wish:
         ({}, with_work(batch_size=7), "batch size: 7 (allowed: at least 8)"),
         ({"tasks": {"lung": {}}}, TRAIN, "task: heart (allowed: lung)"),
         ({"strategies": ("FedSGD",)}, TRAIN, "strategy: FedAvg (allowed: FedSGD)"),
-        ({"work": ("fit", "evaluate")}, HOP, "work: hop (allowed: fit, evaluate)"),
+        ({"work": ("fit", "evaluate"), **PLAIN}, HOP, "work: hop (allowed: fit, evaluate)"),
+        ({}, HOP, "aggregation: plain (allowed: masked, bfv)"),
         ({"work": ()}, TRAIN, "work: fit (allowed: nothing)"),
-        ({"aggregation": ("masked",)}, TRAIN, "aggregation: plain (allowed: masked)"),
+        ({"aggregation": ("bfv",)}, TRAIN, "aggregation: masked (allowed: bfv)"),
         ({"min_cohort": 4}, TRAIN, "members of the roster asked together: 3 (allowed: at least 4)"),
         ({"min_cohort": 4}, SCORE, "members of the roster asked together: 3 (allowed: at least 4)"),
         ({"min_cohort": 4}, ASK, "members of the roster asked together: 3 (allowed: at least 4)"),
@@ -61,7 +64,7 @@ def test_a_wish_beyond_the_policy_is_objected_to_with_both_values(
     ("rules", "wish"),
     [
         ({}, with_work(batch_size="all")),  # how many rows that is shows once they are loaded
-        ({"min_cohort": 4}, HOP),
+        ({"min_cohort": 4, **PLAIN}, HOP),
         ({"max_lr": 0.1}, TRAIN),
         ({"max_lr": 0.05}, with_work(lr=None)),  # the task's own rate is the site's own code
         ({"min_steps": 10}, TRAIN),
@@ -287,5 +290,7 @@ def test_every_setting_is_in_the_guide_with_its_default(field: str) -> None:
         assert told == str(default).lower()
     elif isinstance(default, int):
         assert told == str(default)
+    elif field == "aggregation":
+        assert told == ", ".join(default)
     else:
         assert told in ("all", "any", "always", "the agent's")
