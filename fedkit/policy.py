@@ -95,8 +95,8 @@ class Policy(Settings):
 
     * `tasks`: those that may be worked on, by name; empty: all that the agent was started with.
     * `budgets`: the privacy that each data set may cost, by its id. Private training needs one.
-    * `strategies`, `work`, `aggregation`: their names; `strategies` None: all. "plain", which shows the coordinator this
-      site's updates, must be named, and hops are plain.
+    * `strategies`, `work`, `aggregation`: their names; `strategies` None: all. "plain" must be named, because
+      it shows the coordinator this site's updates; hops are plain.
     * `min_cohort`: of members of the roster, this site among them, that must be asked together. It does not bound a
       hop, which hands one site's model to the next: leave "hop" out of `work` to forbid that.
     * `min_batch_size` and `min_steps`: what one row contributes to an update falls with both. The last batch of a pass
