@@ -336,9 +336,9 @@ class Agent:
             job, report = self._job(message, fetched, cover), functools.partial(self._report, message.id)
             performing = perform(job, report, functools.partial(self._reserve, assignment, message.task))
             outcome = await self._permits.during(performing)
-        is_private = assignment.private is not None
+        is_noised = assignment.is_noised
         if "refused" in outcome:
-            if is_private:  # that may come of the noise, which is then not drawn again
+            if is_noised:  # that may come of the noise, which is then not drawn again
                 self._permits.ledger.close_reservation(message.id)
             self._log_failure(message, outcome)
             raise Refused(Reason(outcome["refused"]), outcome["detail"])
@@ -346,11 +346,11 @@ class Agent:
             text = f"{outcome['rows']} rows, but max_examples is {self._settings.max_examples}: raise it"
             raise Refused(Reason.EXAMPLES, text)
         facts = {name: outcome[name] for name in Stored.__slots__ if name in outcome}
-        if is_private and "manifest" in facts:
+        if assignment.private is not None and "manifest" in facts:
             facts |= {"loss": None, "epsilon": self._permits.cost(assignment, message.task)}
         stored = Stored(**(facts | {"id": message.id, "run": message.run}))
-        self._outbox.put(stored, has_state=outcome["has_state"], durable=is_private, seat=seat)
-        if is_private:
+        self._outbox.put(stored, has_state=outcome["has_state"], durable=is_noised, seat=seat)
+        if is_noised:
             counts = (outcome.get("clipped", 0), outcome.get("gradients", 0))
             self._permits.ledger.close_reservation(message.id, *counts, is_stored=True)
         asked = {"work": message.WhichOneof("work"), "model": message.model_digest.hex()}

@@ -16,8 +16,8 @@ from fedkit.client.surroundings import Surroundings, objections_to_moment
 from fedkit.client.visits import Visit, Visits
 from fedkit.errors import Reason, Refused
 from fedkit.policy import Objection, Policy, Wish, kind_of, refuse
-from fedkit.privacy.ledger import Budget, Ledger, Reservation
-from fedkit.privacy.plan import planned
+from fedkit.privacy.ledger import WHOLE_CLIENT, Budget, Ledger, Reservation
+from fedkit.privacy.shared import planned_for
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.convert import vouchers_from_proto
 from fedkit.rounds.assignment import Assignment
@@ -82,6 +82,7 @@ class Permits:
             aggregation=aggregation,
             cohort=self._cohort(message),
             private=assignment.private is not None,
+            colluders=_colluders(assignment),
         )
         refuse(
             [
@@ -123,17 +124,35 @@ class Permits:
     def reserve(self, assignment: Assignment, task: str, facts: Mapping[str, Any]) -> None:
         """Puts what private work may spend on disk, before its first step; raises `Refused`."""
         private, data = assignment.private, self.policy.data_of(task)
-        assert private is not None  # only private work asks
+        if private is None:
+            self._reserve_whole(assignment, data, facts)
+            return
         dp, rule = private.dp, self.policy.budgets.get(data)
         budget = Budget(math.inf, dp.delta) if rule is None else Budget(rule.epsilon, rule.delta)
         _require_delta(budget, data, facts["rows"])
         of_run = None if dp.epsilon is None else Budget(dp.epsilon, dp.delta)
-        steps = Steps(**facts["steps"])
+        steps = Steps.from_dict(facts["steps"])
         self.ledger.identify(data, facts["rows"], facts["fingerprint"])
         self._counted.add(data)
         wish = Reservation(assignment.id, assignment.run, data, steps, dp.max_grad_norm)
         self.ledger.reserve(wish, budget, of_run)
         log.info("privacy reserved", run=assignment.run, assignment=assignment.id, data=data, head=self.ledger.head)
+
+    def _reserve_whole(self, assignment: Assignment, data: str, facts: Mapping[str, Any]) -> None:
+        """Notes that the whole client goes into a sum with shared noise, apart from what its rows have cost.
+
+        No budget is for that: what it costs over the run is in the run's record.
+        """
+        assert assignment.clip is not None  # the plan has refused what is not clipped
+        about = (
+            assignment.id,
+            assignment.run,
+            f"{data}{WHOLE_CLIENT}",
+            Steps.from_dict(facts["steps"]),
+            assignment.clip.norm,
+        )
+        self.ledger.reserve(Reservation(*about, is_whole=True), Budget(math.inf, 0.5))
+        log.info("noise shared", run=assignment.run, assignment=assignment.id, data=data, head=self.ledger.head)
 
     def cost(self, assignment: Assignment, task: str) -> float:
         """What the run has cost the task's data so far, an upper bound."""
@@ -144,11 +163,14 @@ class Permits:
     def _require_budget(self, message: pb.Assignment, assignment: Assignment) -> None:
         """Refuses what is beyond the budget before data is touched, where it is known how many rows there are."""
         account = self.ledger.account(self.policy.data_of(message.task))
-        rule, private, work = self.policy.budgets.get(account.data), assignment.private, assignment.work
+        rule, private = self.policy.budgets.get(account.data), assignment.private
         if private is None or rule is None or account.data not in self._counted:
             return
         _require_delta(Budget(rule.epsilon, rule.delta), account.data, account.rows)
-        steps = planned(private, work, account.rows).cost
+        plan = planned_for(assignment, account.rows)
+        if plan is None:
+            return
+        steps = plan.cost
         wish = Reservation(assignment.id, assignment.run, account.data, steps, private.dp.max_grad_norm)
         self.ledger.check(wish, Budget(rule.epsilon, rule.delta))
 
@@ -188,6 +210,12 @@ def objections_to_code(policy: Policy, task: Task | None, source: str, work: Wor
     for objection in (policy.objection_to_source(task.name, source), policy.objection_to_metrics(scored)):
         if objection is not None:
             yield objection
+
+
+def _colluders(assignment: Assignment) -> int | None:
+    """How many others may tell their parts, of any step of a sum with shared noise; None for all others."""
+    noise = None if assignment.masking is None else assignment.masking.layout.noise
+    return None if noise is None else noise.colluders
 
 
 def _require_delta(budget: Budget, data: str, rows: int) -> None:

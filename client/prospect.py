@@ -85,12 +85,14 @@ def prospect(described: pb.RunDescription, policy: Policy, tasks: Mapping[str, T
 def _wishes(file: RunFile, strategy: Strategy, task: Task | None, aggregation: str, clients: int) -> Iterator[Wish]:
     local, cohort, dp = strategy.local, strategy.asked(clients), file.privacy.dp
     private = dp is not None and dp.level == "example"
-    if dp is not None and not private and strategy.participation.fraction < 1.0:
+    colluders = dp.colluders if dp is not None and dp.noise == "shared" else None
+    if dp is not None and not private and colluders is None and strategy.participation.fraction < 1.0:
         cohort = 1  # nobody is told who else was drawn
 
     def wish(work: Work, returns: Returns, count: int, *, noised: bool = private) -> Wish:
         about = (str(file.run.task), str(file.strategy["name"]))
-        return Wish(*about, work, returns, aggregation, count, private=noised)
+        shared = colluders if isinstance(work, Fit | Gradient) else None
+        return Wish(*about, work, returns, aggregation, count, private=noised, colluders=shared)
 
     if task is not None and task.prepare is not None:
         yield wish(Summarize(query=task.prepare.query), "sums", clients)
@@ -110,6 +112,10 @@ def _noise(dp: DP | None) -> str:
     if dp is None:
         return ""
     how = f"epsilon {dp.epsilon:g}" if dp.epsilon is not None else f"noise {dp.noise_multiplier:g}"
+    if dp.noise == "shared":
+        whose = "of each client" if dp.level == "client" else "of each row"
+        lost = f"with {dp.dropouts} dropouts and {dp.colluders} colluders"
+        return f", with a part of the noise that all sites share: {how} at delta {dp.delta:g} {whose}, {lost}"
     if dp.level == "client":
         return f", clipped as a whole; the coordinator adds noise: {how} at delta {dp.delta:g} for each client"
     return f", privately: {how} at delta {dp.delta:g} over the run"

@@ -33,11 +33,12 @@ from fedkit.gate import Verdict
 from fedkit.logs import where
 from fedkit.packing import pack, unpack
 from fedkit.policy import Policy, refuse
-from fedkit.privacy.plan import Planned, planned
+from fedkit.privacy.plan import Planned
+from fedkit.privacy.shared import part_of, planned_for
 from fedkit.process import tune_malloc
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert
-from fedkit.rounds.assignment import Assignment, Parcel, Private
+from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.rounds.layout import Layout
 from fedkit.rounds.seat import Cover, Key, cover_from
 from fedkit.spool import payload_digest
@@ -154,8 +155,8 @@ class _Worker:
         if isinstance(assignment.work, Fit | Gradient):
             rows = trainer.rows(assignment.client)
             refuse(policy.objections_to_rows(assignment.work, rows, private=private is not None))
-        if private is not None:
-            plan = self._reserve(trainer, assignment, private)
+        if assignment.is_noised:
+            plan = self._reserve(trainer, assignment)
         noisy: dict[str, Any] = {} if plan is None else {"private": plan.training, "question": plan.cost}
         answer, after = trainer.perform(assignment, parcel, state, **noisy)
         allowed = _allowed(policy, trainer, assignment, parcel, answer)
@@ -168,14 +169,15 @@ class _Worker:
             facts |= {"clipped": trainer.done.clipped, "gradients": trainer.done.sampled}
         return facts | {"has_state": _keep_state(state, after, Path(job["out_state"]))}
 
-    def _reserve(self, trainer: Trainer, assignment: Assignment, private: Private) -> Planned:
+    def _reserve(self, trainer: Trainer, assignment: Assignment) -> Planned:
         """The noisy steps of an assignment, once the ledger has them on disk; raises `Refused`."""
         rows = trainer.rows(assignment.client)
-        plan = planned(private, assignment.work, rows)
+        plan = planned_for(assignment, rows)
+        assert plan is not None  # only noised work asks
         facts = {
             "rows": rows,
             "fingerprint": trainer.fingerprint(assignment.client),
-            "steps": dataclasses.asdict(plan.cost),
+            "steps": plan.cost.to_dict(),
         }
         write_message(self._sock, {"id": self._current, "reserve": facts})
         refused = self._reserved.get()
@@ -237,9 +239,11 @@ def _cover(job: Mapping[str, Any], layout: Layout) -> Cover:
 
 
 def _covered(job: Mapping[str, Any], assignment: Assignment, answer: Answer) -> Answer:
-    """The answer as nobody can read it, where it is for a secure sum."""
-    masking = assignment.masking
-    return answer if masking is None else _cover(job, masking.layout).cover(masking.layout, answer)
+    """The answer as nobody can read it, and with its part of the noise, where it is for a secure sum."""
+    if assignment.masking is None:
+        return answer
+    layout = assignment.masking.layout
+    return _cover(job, layout).cover(layout, answer, part_of(layout))
 
 
 def _opened(job: dict[str, Any], assignment: Assignment, layout: Layout, parcel: Parcel) -> dict[str, Any]:

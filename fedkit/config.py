@@ -195,6 +195,12 @@ class DP(Settings):
     follows that quantile of the updates' norms. It takes many clients; below 100 a round `few_clients` must insist.
     `delta` must not exceed one over the clients. Guarantee: for adding or removing one client, against whoever sees the
     models. Does not protect against: the coordinator, which sees the updates.
+
+    `noise="shared"`, with masked aggregation: each client adds only its part, in whole numbers inside the masked sum.
+    Of n clients up to `dropouts` may be missing, and up to `colluders` may tell what they added: the others still bring
+    the planned noise. Of rows it takes FedSGD. Of clients, epsilon then holds against the coordinator too, which adds
+    nothing and sees the noised sum; as it knows who was drawn, drawing makes nothing cheaper. Does not protect against:
+    more colluders, who take their parts off. With more dropouts nothing is opened.
     """
 
     delta: Annotated[float, Field(gt=0, lt=1)]
@@ -205,6 +211,9 @@ class DP(Settings):
     max_update_norm: PositiveFloat = 1.0
     clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
     few_clients: bool = False
+    noise: Literal["local", "shared"] = "local"
+    dropouts: Annotated[int, Field(ge=0, le=1 << 20, strict=True)] = 0
+    colluders: Annotated[int, Field(ge=0, le=1 << 20, strict=True)] = 1
 
     def __post_init__(self) -> None:
         """Epsilon or the noise multiplier: one follows from the other; and no setting of the other level."""
@@ -214,6 +223,11 @@ class DP(Settings):
         for name in unused[self.level]:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise ValueError(f"{name} has no meaning at level {self.level!r}")
+        if self.noise == "shared" and self.clip_quantile is not None:
+            raise ValueError("clip_quantile has no meaning with noise 'shared': give a fixed max_update_norm")
+        for name in ("dropouts", "colluders") if self.noise == "local" else ():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name} has no meaning with noise 'local'")
 
 
 class Privacy(Settings):

@@ -19,7 +19,19 @@ from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.rounds.assignment import Returns
 from fedkit.work import Evaluate, Fit, Gradient, Work, counts_rows
 
-__all__ = ["AGGREGATIONS", "BudgetRule", "Kind", "Objection", "Policy", "TaskRule", "Wish", "kind_of", "read", "refuse"]
+__all__ = [
+    "AGGREGATIONS",
+    "BudgetRule",
+    "Kind",
+    "Objection",
+    "Policy",
+    "SharedNoiseRule",
+    "TaskRule",
+    "Wish",
+    "kind_of",
+    "read",
+    "refuse",
+]
 
 Kind: TypeAlias = Literal["fit", "hop", "gradient", "evaluate", "summarize"]
 Aggregation: TypeAlias = Literal["plain", "masked", "bfv", "ckks"]
@@ -45,6 +57,7 @@ class Wish:
     """What an assignment asks, as far as can be known before any data is touched.
 
     `cohort` counts the members of the roster that are asked together, this site among them; None: it is not known.
+    `colluders` is how many others may tell their parts of noise that is shared; None: it is not shared.
     """
 
     task: str
@@ -54,6 +67,7 @@ class Wish:
     aggregation: str = "plain"
     cohort: int | None = None
     private: bool = False
+    colluders: int | None = None
 
     @property
     def kind(self) -> Kind:
@@ -90,6 +104,12 @@ class BudgetRule(Settings):
     evaluate: bool = False
 
 
+class SharedNoiseRule(Settings):
+    """That noise may be shared with other sites, if it holds though `min_colluders` of them tell their parts."""
+
+    min_colluders: Annotated[int, Field(ge=0, strict=True)] = 1
+
+
 class Policy(Settings):
     """What one site allows; the defaults are safe ones.
 
@@ -99,6 +119,8 @@ class Policy(Settings):
       it shows the coordinator this site's updates; hops are plain.
     * `min_cohort`: of members of the roster, this site among them, that must be asked together. It does not bound a
       hop, which hands one site's model to the next: leave "hop" out of `work` to forbid that.
+    * `shared_noise`: whether this site's answer may leave with only its part of the noise that hides it, in a masked
+      sum that holds the others' parts (`SharedNoiseRule`). None: no, it brings all of it, or none is asked of it.
     * `min_batch_size` and `min_steps`: what one row contributes to an update falls with both. The last batch of a pass
       may be smaller. A site with fewer rows than that does not train at all.
     * `max_lr`: of the rate a run asks for; `max_update_norm`: the Euclidean norm of what a result would change.
@@ -118,6 +140,7 @@ class Policy(Settings):
     work: tuple[Kind, ...] = ("fit", "hop", "gradient", "evaluate", "summarize")
     aggregation: tuple[Aggregation, ...] = ("masked", "bfv")
     min_cohort: PositiveInt = 1
+    shared_noise: SharedNoiseRule | None = None
     min_batch_size: PositiveInt = 8
     min_steps: PositiveInt = 1
     max_lr: PositiveFloat | None = None
@@ -140,9 +163,10 @@ class Policy(Settings):
     def unrestricted() -> Policy:
         """What holds on loopback where nobody wrote a policy: everything goes, because nothing leaves the machine."""
         uncounted: dict[str, Any] = {"summaries_per_run": None, "evaluations_per_round": None}
-        return _Unrestricted(
-            aggregation=AGGREGATIONS, min_batch_size=1, metrics_per_client=True, min_rows_per_class=1, **uncounted
-        )
+        shared = SharedNoiseRule(min_colluders=0)
+        shown: dict[str, Any] = {"metrics_per_client": True, "min_rows_per_class": 1}
+        allowed: dict[str, Any] = {"aggregation": AGGREGATIONS, "shared_noise": shared}
+        return _Unrestricted(min_batch_size=1, **allowed, **shown, **uncounted)
 
     def data_of(self, task: str) -> str:
         """The id of the data set that a task reads."""
@@ -161,8 +185,16 @@ class Policy(Settings):
         yield from _unlisted("work", wish.kind, self.work)
         yield from _unlisted("aggregation", wish.aggregation, self.aggregation)
         yield from self._to_private(wish.task) if wish.private else self._to_exact(wish)
+        if wish.colluders is not None:
+            yield from self._to_shared(wish.colluders)
         if wish.kind != "hop" and wish.cohort is not None:
             yield from _below("members of the roster asked together", wish.cohort, self.min_cohort)
+
+    def _to_shared(self, colluders: int) -> Iterator[Objection]:
+        if self.shared_noise is None:
+            yield Objection("noise", "a part of it, shared with other sites", "all of it, without [shared_noise]")
+        else:
+            yield from _below("colluders that shared noise holds against", colluders, self.shared_noise.min_colluders)
 
     def _to_exact(self, wish: Wish) -> Iterator[Objection]:
         """Objections to an answer without noise."""
@@ -170,8 +202,8 @@ class Policy(Settings):
         budget = self.budgets.get(data)
         if budget is None:
             return
-        if counts_rows(wish.work):
-            return  # as every mean tells, and no budget covers
+        if counts_rows(wish.work) or wish.returns == "reply":
+            return  # as every mean tells, and no budget covers; a reply tells nothing of the data
         if wish.kind != "evaluate":
             yield Objection("privacy", "none", f"differential privacy, as {data} has a budget")
         elif not budget.evaluate:

@@ -15,7 +15,7 @@ from torch import nn
 from fedkit import rng
 from fedkit.config import Evaluation, Privacy
 from fedkit.errors import Reason, Refused
-from fedkit.privacy.submission import shield_for
+from fedkit.privacy.submission import sharing_for, shield_for
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.rounds.conduct import Outcome, Plan, conduct
 from fedkit.rounds.journal import Commit, Entry, MemoryJournal, RoundRecord
@@ -141,6 +141,7 @@ class InMemoryFederation:
                 evaluate=evaluate,
                 privacy=privacy,
                 shield=shield_for(strategy, privacy.dp, self._count),
+                sharing=sharing_for(strategy, self.task, privacy, self._count),
                 min_clients=self._count,
             )
             return asyncio.run(conduct(plan, self.transport, self.journal))

@@ -7,8 +7,8 @@ The questions are settings (`Fit`, `Gradient`, `Evaluate`, `Summarize`); the ans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ __all__ = [
     "Fit",
     "Gradient",
     "MetricSums",
+    "Parts",
     "Reply",
     "Steps",
     "Summarize",
@@ -84,12 +85,46 @@ class Gradient(Settings):
 
 
 @dataclass(frozen=True, slots=True)
+class Parts:
+    """That a step's noise is whole numbers which the clients of one sum add in parts (`fedkit.privacy.skellam`).
+
+    Of `cohort` clients `dropouts` may be missing and `colluders` may tell others their own parts: those of the rest,
+    the `honest` ones, come to what is planned. A clip is `unit` steps of the grid long; `size` elements are added.
+    """
+
+    cohort: int
+    dropouts: int
+    colluders: int
+    unit: float
+    size: int
+
+    @property
+    def honest(self) -> int:
+        """How many parts can be counted on."""
+        return self.cohort - self.dropouts - self.colluders
+
+
+@dataclass(frozen=True, slots=True)
 class Steps:
-    """`count` steps of the Poisson-sampled Gaussian mechanism: each row takes part in one with probability `q`."""
+    """`count` steps of a Poisson-sampled mechanism: each row takes part in one with probability `q`.
+
+    Its noise is Gaussian, or where there are `parts` a sum of whole numbers.
+    """
 
     noise_multiplier: float
     q: float
     count: int
+    parts: Parts | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold of it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Steps:
+        """What `to_dict` gave."""
+        parts = fields.get("parts")
+        return cls(**{**fields, "parts": None if parts is None else Parts(**parts)})
 
 
 class Evaluate(Settings):

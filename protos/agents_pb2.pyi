@@ -240,20 +240,26 @@ class Assignment(_message.Message):
     def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., private: _Optional[_Union[Private, _Mapping]] = ..., clip: _Optional[_Union[Clip, _Mapping]] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
 
 class Private(_message.Message):
-    __slots__ = ("epsilon", "noise_multiplier", "delta", "max_grad_norm", "visits", "questions")
+    __slots__ = ("epsilon", "noise_multiplier", "delta", "max_grad_norm", "visits", "questions", "noise", "dropouts", "colluders")
     EPSILON_FIELD_NUMBER: _ClassVar[int]
     NOISE_MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
     DELTA_FIELD_NUMBER: _ClassVar[int]
     MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     VISITS_FIELD_NUMBER: _ClassVar[int]
     QUESTIONS_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    DROPOUTS_FIELD_NUMBER: _ClassVar[int]
+    COLLUDERS_FIELD_NUMBER: _ClassVar[int]
     epsilon: float
     noise_multiplier: float
     delta: float
     max_grad_norm: float
     visits: int
     questions: int
-    def __init__(self, epsilon: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., delta: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., visits: _Optional[int] = ..., questions: _Optional[int] = ...) -> None: ...
+    noise: str
+    dropouts: int
+    colluders: int
+    def __init__(self, epsilon: _Optional[float] = ..., noise_multiplier: _Optional[float] = ..., delta: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., visits: _Optional[int] = ..., questions: _Optional[int] = ..., noise: _Optional[str] = ..., dropouts: _Optional[int] = ..., colluders: _Optional[int] = ...) -> None: ...
 
 class Clip(_message.Message):
     __slots__ = ("norm", "tells")

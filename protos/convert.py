@@ -47,7 +47,7 @@ _MAX_EXTRAS = 16
 _MOST_VISITS = 1_000_000
 _MOST_QUESTIONS = 5  # each has a sixth of epsilon
 _COUNTS = ("visits", "questions")
-_DP_FIELDS = ("epsilon", "noise_multiplier", "delta", "max_grad_norm")
+_DP_FIELDS = ("epsilon", "noise_multiplier", "delta", "max_grad_norm", "noise", "dropouts", "colluders")
 
 _RETURNS: dict[Returns, Any] = {
     "update": pb.UPDATE,

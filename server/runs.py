@@ -18,7 +18,7 @@ from fedkit import packing, registry
 from fedkit.config import parse
 from fedkit.errors import FedkitError, Reason, RunError, StorageError
 from fedkit.history import History
-from fedkit.privacy.submission import fewest, require_privacy, shield_for, with_aggregation
+from fedkit.privacy.submission import fewest, require_privacy, sharing_for, shield_for, with_aggregation
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome, Plan, conduct
 from fedkit.rounds.journal import RoundRecord
@@ -144,6 +144,7 @@ class Runs:
             evaluate=file.evaluate,
             privacy=file.privacy,
             shield=shield_for(strategy, file.privacy.dp, _min_clients(file, strategy)),
+            sharing=sharing_for(strategy, task, file.privacy, _min_clients(file, strategy)),
             min_clients=_min_clients(file, strategy),
             on_round=functools.partial(self._committed, live),
         )

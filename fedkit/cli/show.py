@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedkit.demo.compare import Row
 from fedkit.demo.heart import HOSPITALS
-from fedkit.privacy.report import NOT_COVERED, Report
+from fedkit.privacy.report import NOT_COVERED, Report, RunCost
 from fedkit.result import Result
 from fedkit.rounds.journal import RoundRecord
 from fedkit.status import ClientStatus, JobStatus, RunStatus
@@ -277,10 +277,23 @@ def privacy(found: Sequence[Report], head: str, *, with_runs: bool) -> None:
     if with_runs:
         for one in found:
             console.print(_costs(one))
+    for one in found:
+        for run in one.runs:
+            _say_shared(one.data, run)
     say("Level: one row (example). Relation: adding or removing one. Sampling: Poisson. Not covered:")
     for text in NOT_COVERED:
         say(f"  * {text}")
     say(f"digest of the ledger {head}")
+
+
+def _say_shared(data: str, run: RunCost) -> None:
+    """With whom a run's noise was shared."""
+    for clients, dropouts, colluders in run.shared:
+        whose = "the whole client" if run.is_whole else "one row"
+        say(
+            f"{run.run} on {data}: noise for {whose}, shared by {clients} clients, of which {dropouts} may be missing "
+            f"and {colluders} tell their parts"
+        )
 
 
 def audit(rows: Sequence[Sequence[str]]) -> None:

@@ -48,11 +48,12 @@ class Sum:
     `members` are the roster's keys by name: what is not signed by them is turned away here, because one bad advert
     would make all honest members refuse the cohort. A message that is wrong raises `Refused` and costs its sender its
     part, nothing else. Each `close_` step goes on with those who are there, and raises `BelowThreshold` where they are
-    too few.
+    too few: fewer than the quorum, or than `least`.
     """
 
-    def __init__(self, session: Session, told: Told, members: Mapping[str, str] | None = None) -> None:
+    def __init__(self, session: Session, told: Told, members: Mapping[str, str] | None = None, least: int = 0) -> None:
         self.session, self.told = session, told
+        self._least = least
         self.step = Step.ADVERTS
         self.suspects: set[str] = set()
         self._members = members
@@ -106,7 +107,9 @@ class Sum:
         except ConfigError as error:
             why = "too few for any sum" if len(cohort.names) < 2 else str(error)
             raise BelowThreshold(f"{len(cohort.names)} members sent keys: {why}") from None
-        self._cohort, self.step = cohort, Step.SHARES
+        self._cohort = cohort
+        self._require_quorum(cohort.names, "sent keys")
+        self.step = Step.SHARES
         return cohort
 
     # -- 1: shares -----------------------------------------------------------------------------------------------------
@@ -237,7 +240,7 @@ class Sum:
             raise Refused(Reason.UNKNOWN, f"{name} has no part in this step")
 
     def _require_quorum(self, names: Iterable[str], what: str) -> None:
-        count, quorum = len(list(names)), self.cohort.plan.quorum
+        count, quorum = len(list(names)), max(self.cohort.plan.quorum, self._least)
         if count < quorum:
             raise BelowThreshold(f"{count} of {len(self.cohort.names)} members {what}, and it takes {quorum}")
 

@@ -45,7 +45,7 @@ from fedkit.errors import ConfigError, PayloadError, Reason, Refused
 __all__ = ["LEAST_COHORT", "Member", "commitment_to", "context_of", "pair_key", "self_key", "survivors_body"]
 
 LEAST_COHORT = 3
-_LABEL = b"fedkit-member-1"
+_LABEL = b"fedkit-member-2"
 
 
 def commitment_to(seed: bytes) -> bytes:
@@ -87,6 +87,7 @@ class _State:
     inbox: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     context: bytes = b""
     survivors: tuple[str, ...] = ()
+    least: int = 0  # vectors that a sum with its own in it must hold
 
 
 class Member:
@@ -154,18 +155,21 @@ class Member:
         apply_masks(vector, *self.mask_keys(sharers, inbox, told, vector.size))
 
     def mask_keys(
-        self, sharers: Iterable[str], inbox: Shares, told: Told, words: int
+        self, sharers: Iterable[str], inbox: Shares, told: Told, words: int, least: int = 0
     ) -> tuple[list[bytes], list[bytes]]:
-        """The keys of the masks to add to a vector of so many words, and of those to take off: for one vector."""
+        """The keys of the masks to add to a vector of so many words, and of those to take off: for one vector.
+
+        It gives no shares later but for a sum of `least` vectors and more, whose owners all agree on it.
+        """
         cohort, shared = self._require_cohort(), require_names(sharers)
         if self._state.context:
             raise _refused("its vector was masked before")
-        self._check_part(shared, cohort.names, "who shared")
+        self._check_part(shared, cohort.names, "who shared", least)
         if set(inbox.sealed) != set(shared) & set(self._others(cohort)):
             raise _refused("it got other shares than those of its neighbours who shared")
         context = context_of(cohort, shared, told, words)
         keys = self._mask_keys(cohort, shared, context)
-        self._state = replace(self._state, sharers=shared, inbox=dict(inbox.sealed), context=context)
+        self._state = replace(self._state, sharers=shared, inbox=dict(inbox.sealed), context=context, least=least)
         return keys
 
     def confirm(self, survivors: Iterable[str]) -> bytes:
@@ -175,7 +179,7 @@ class Member:
         left = require_names(survivors)
         if self._state.survivors and left != self._state.survivors:
             raise _refused("it was told other survivors before")
-        self._check_part(left, self._state.sharers, "who delivered")
+        self._check_part(left, self._state.sharers, "who delivered", self._state.least)
         self._state = replace(self._state, survivors=left)
         return self._key.sign(survivors_body(self._state.context, left))
 
@@ -184,7 +188,7 @@ class Member:
         cohort, state = self._require_cohort(), self._state
         if not state.survivors:
             raise _refused("no survivors were named yet")
-        body, quorum = survivors_body(state.context, state.survivors), cohort.plan.quorum
+        body, quorum = survivors_body(state.context, state.survivors), max(cohort.plan.quorum, state.least)
         agreeing = [name for name in state.survivors if self._has_signed(name, signatures.get(name), body)]
         if len(agreeing) < quorum:
             raise _refused(f"{len(agreeing)} members agree with it on who delivered, and it takes {quorum}")
@@ -211,13 +215,13 @@ class Member:
         if len(cohort.names) < needed:
             raise _refused(f"a cohort of {len(cohort.names)}, and the least is {needed}")
 
-    def _check_part(self, part: tuple[str, ...], whole: tuple[str, ...], what: str) -> None:
+    def _check_part(self, part: tuple[str, ...], whole: tuple[str, ...], what: str, least: int) -> None:
         """Of a list of those who are left: it is one of them, and they are enough of all and of its neighbours."""
         cohort = self._require_cohort()
         left = set(part)
         if self.name not in left or not left <= set(whole):
             raise _refused(f"{what}: the list leaves it out, or holds others than before")
-        needed = max(self._least, cohort.plan.quorum)
+        needed = max(self._least, least, cohort.plan.quorum)
         if len(part) < needed:
             raise _refused(f"{what}: {len(part)} members, and the least is {needed}")
         near = len(left & set(cohort.holders(self.name)))
@@ -308,7 +312,7 @@ class Member:
         cohort = b"" if state.cohort is None else state.cohort.to_bytes()
         names = (packed(*(name.encode() for name in part)) for part in (state.sharers, state.survivors))
         told = (self.session.digest, self.name.encode(), state.seed, cohort, to_mapping(state.inbox), state.context)
-        return packed(_LABEL, *told, *names)
+        return packed(_LABEL, *told, *names, state.least.to_bytes(8, "little"))
 
     @classmethod
     def restore(
@@ -322,7 +326,7 @@ class Member:
         least: int = LEAST_COHORT,
     ) -> Member:
         """The member that `to_bytes` wrote; raises `PayloadError` for anything else, another session or name."""
-        label, digest, who, seed, cohort, inbox, context, sharers, survivors = unpacked(data, 9)
+        label, digest, who, seed, cohort, inbox, context, sharers, survivors, held = unpacked(data, 10)
         if (label, digest, who) != (_LABEL, session.digest, name.encode()) or len(seed) != SECRET_BYTES:
             raise PayloadError("this is not the state of this member in this session")
         if len(context) not in (0, DIGEST_BYTES):
@@ -330,7 +334,8 @@ class Member:
         found = cls(session, name, key, members, least=least)
         known = Cohort.from_bytes(session, cohort) if cohort else None
         letters = Shares(mapping_from(inbox)).sealed
-        found._state = _State(seed, known, names_from(sharers), letters, context, names_from(survivors))
+        least_held = int.from_bytes(held, "little")
+        found._state = _State(seed, known, names_from(sharers), letters, context, names_from(survivors), least_held)
         return found
 
 

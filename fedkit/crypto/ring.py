@@ -91,12 +91,14 @@ class FixedPoint:
     A client's words are its rounded w u / step for each value u, and one more, its weight w in 1/4096. The mean of a
     sum over clients k is off by at most `error_bound`: half a step for each client, over the sum of the weights.
 
-    Raises `ConfigError` where the sum over the ring's cohort could leave the ring.
+    `spare` of the ring's range stays free on either side, for what else is added. Raises `ConfigError` where the sum
+    over the ring's cohort could leave the ring.
     """
 
     ring: Ring
     clip: float
     bits: int = 20
+    spare: int = 0
 
     def __post_init__(self) -> None:
         """Checks that a whole cohort's largest values and weights fit."""
@@ -104,11 +106,11 @@ class FixedPoint:
             raise ConfigError(f"clip: a number from {_SMALLEST_CLIP:g} to {LARGEST:g}, not {self.clip}")
         if not 2 <= self.bits <= 31:
             raise ConfigError(f"bits: 2 to 31, not {self.bits}")
-        each = max(self._steps, FULL_WEIGHT)
-        if self.ring.cohort * each > self.ring.largest:
+        most = self.ring.cohort * max(self._steps, FULL_WEIGHT) + self.spare
+        if most > self.ring.largest:
             raise ConfigError(
                 f"{self.ring.cohort} clients of {self.bits} bits do not fit modulo {self.ring.modulus}: the sum may "
-                f"reach {self.ring.cohort * each}, and {self.ring.largest} is the most; take fewer bits or clients"
+                f"reach {most}, and {self.ring.largest} is the most; take fewer bits or clients"
             )
 
     @property
@@ -178,7 +180,7 @@ class FixedPoint:
         most = weight * self._steps / FULL_WEIGHT
         for start in range(0, size, _BLOCK):
             block = self.ring.integers(total[start : min(start + _BLOCK, size)])
-            if np.abs(block).max() > most + clients / 2:
+            if np.abs(block).max() > most + clients / 2 + self.spare:
                 raise SumSpoiled(f"the values of {clients} clients add up to more than their clip allows")
             mean[start : start + _BLOCK] = block / most * self.clip
         return mean

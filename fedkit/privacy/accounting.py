@@ -1,9 +1,10 @@
 """What a history of noisy steps has cost.
 
 Add/remove neighbours and Poisson sampling only: each of N rows takes part in a step with probability q, and the sum
-of clipped contributions gets Gaussian noise of `noise_multiplier` times the clip. Epsilon is enforced by Rényi
-differential privacy (Mironov 2017; of the sampled Gaussian: Mironov, Talwar and Zhang 2019) and reported as the smaller
-of that and a bound by privacy loss distributions (Koskela et al. 2020), which `dp_accounting` computes.
+of clipped contributions gets noise of `noise_multiplier` times the clip, Gaussian, or Skellam where clients share it.
+Epsilon is enforced by Rényi differential privacy (Mironov 2017; of the sampled Gaussian: Mironov, Talwar and Zhang
+2019) and reported as the smaller of that and, for Gaussian noise, a bound by privacy loss distributions (Koskela et al.
+2020), which `dp_accounting` computes.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaln, logsumexp
 
 from fedkit.errors import ConfigError
-from fedkit.work import Steps
+from fedkit.privacy.skellam import divergence
+from fedkit.work import Parts, Steps
 
 __all__ = ["ORDERS", "Spent", "Tally", "epsilon_of", "noise_for", "rdp_of", "spent"]
 
@@ -27,6 +30,8 @@ ORDERS: tuple[int, ...] = (*range(2, 65), *range(68, 129, 4), *range(144, 257, 1
 _PLD_KINDS = 8  # different (noise, q) pairs of which a privacy loss distribution is made; each takes about a second
 _PLD_MOST_EPSILON = 100.0  # beyond which nobody needs a tighter bound
 _MOST_NOISE = 1e6
+
+Kind: TypeAlias = tuple[float, float, Parts | None]  # noise multiplier, q, and who adds the noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,32 +50,36 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Steps counted by (noise multiplier, q), which is all that their cost depends on, and their divergence so far."""
+    """Steps counted by kind, which is all that their cost depends on, and their divergence so far."""
 
-    counts: Mapping[tuple[float, float], int] = field(default_factory=dict)
+    counts: Mapping[Kind, int] = field(default_factory=dict)
     rdp: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(ORDERS)), compare=False, repr=False)
 
     @classmethod
     def of(cls, history: Iterable[Steps]) -> Tally:
         """All these steps."""
-        counts: Counter[tuple[float, float]] = Counter()
+        counts: Counter[Kind] = Counter()
         for one in history:
-            counts[one.noise_multiplier, one.q] += one.count
+            counts[_kind(one)] += one.count
         rdp = np.zeros(len(ORDERS))
-        for (sigma, q), count in counts.items():
+        for kind, count in counts.items():
             if count:
-                rdp += count * _rdp_of_step(sigma, q)
+                rdp += count * _rdp_of_step(*kind)
         return cls(counts, rdp)
 
     def plus(self, steps: Steps) -> Tally:
         """With these steps too."""
-        kind = (steps.noise_multiplier, steps.q)
+        kind = _kind(steps)
         rdp = self.rdp + steps.count * _rdp_of_step(*kind) if steps.count else self.rdp
         return Tally({**self.counts, kind: self.counts.get(kind, 0) + steps.count}, rdp)
 
     def __iter__(self) -> Iterator[Steps]:
         """The steps of each kind."""
-        return (Steps(*kind, count) for kind, count in self.counts.items())
+        return (Steps(noise, q, count, parts) for (noise, q, parts), count in self.counts.items())
+
+
+def _kind(steps: Steps) -> Kind:
+    return steps.noise_multiplier, steps.q, steps.parts
 
 
 def rdp_of(history: Iterable[Steps]) -> npt.NDArray[np.float64]:
@@ -79,10 +88,13 @@ def rdp_of(history: Iterable[Steps]) -> npt.NDArray[np.float64]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _rdp_of_step(sigma: float, q: float) -> npt.NDArray[np.float64]:
-    """Of one step, for whole orders a: log(sum_k C(a, k) (1-q)^(a-k) q^k exp((k² - k) / 2 sigma²)) / (a - 1).
+def _rdp_of_step(sigma: float, q: float, parts: Parts | None = None) -> npt.NDArray[np.float64]:
+    """Of one step, for whole orders a: log(sum_k C(a, k) (1-q)^(a-k) q^k exp((k - 1) D(k))) / (a - 1).
 
-    Mironov, Talwar and Zhang 2019, section 3.3; a / 2 sigma² where q is 1, infinite where there is no noise.
+    D(k) is what the step diverges by where all rows take part: k / 2 sigma² for Gaussian noise, infinite for none, and
+    `fedkit.privacy.skellam.divergence` for noise in parts. Mironov, Talwar and Zhang 2019, sections 3.1 and 3.3: the
+    sum bounds both directions where some isometry swaps the two distributions, as x -> b - x does for noise that is
+    symmetric, moved by b or not.
     """
     orders = np.array(ORDERS, dtype=np.float64)
     if q == 0.0:
@@ -90,11 +102,17 @@ def _rdp_of_step(sigma: float, q: float) -> npt.NDArray[np.float64]:
     if sigma == 0.0:
         return np.full(len(ORDERS), math.inf)
     if q == 1.0:
-        return orders / (2.0 * sigma**2)
+        return _whole(orders, sigma, parts)
     k, binomials = _binomials()
-    terms = binomials + (orders[:, None] - k) * math.log1p(-q) + k * math.log(q) + (k**2 - k) / (2.0 * sigma**2)
+    whole = (k - 1.0) * np.where(k < 2.0, 0.0, _whole(k, sigma, parts))
+    terms = binomials + (orders[:, None] - k) * math.log1p(-q) + k * math.log(q) + whole
     found: npt.NDArray[np.float64] = logsumexp(terms, axis=1) / (orders - 1.0)
     return np.maximum(found, 0.0)
+
+
+def _whole(orders: npt.NDArray[np.float64], sigma: float, parts: Parts | None) -> npt.NDArray[np.float64]:
+    """The divergence of a step in which all rows take part."""
+    return orders / (2.0 * sigma**2) if parts is None else divergence(orders, sigma, parts)
 
 
 @functools.lru_cache(maxsize=1)
@@ -136,8 +154,10 @@ def spent(history: Iterable[Steps], delta: float, *, tight: bool = True) -> Spen
     rdp = epsilon_of(tally.rdp, delta)
     if not tight:
         return Spent(delta, rdp, None)
-    kinds = tuple(sorted(((one.noise_multiplier, one.q), one.count) for one in tally if one.count))
-    if not kinds or len(kinds) > _PLD_KINDS or rdp > _PLD_MOST_EPSILON:
+    steps = [one for one in tally if one.count]
+    kinds = tuple(sorted(((one.noise_multiplier, one.q), one.count) for one in steps))
+    in_parts = any(one.parts is not None for one in steps)  # for which nobody has computed such distributions
+    if in_parts or not kinds or len(kinds) > _PLD_KINDS or rdp > _PLD_MOST_EPSILON:
         return Spent(delta, rdp, None)
     return Spent(delta, rdp, _pld_epsilon(kinds, delta))
 
@@ -153,7 +173,9 @@ def _pld_epsilon(merged: tuple[tuple[tuple[float, float], int], ...], delta: flo
     return float(accountant.get_epsilon(delta))
 
 
-def noise_for(epsilon: float, delta: float, q: float, count: int, before: Iterable[Steps] = ()) -> float:
+def noise_for(
+    epsilon: float, delta: float, q: float, count: int, before: Iterable[Steps] = (), parts: Parts | None = None
+) -> float:
     """The least noise multiplier with which `count` steps at rate `q`, after `before`, stay within epsilon by RDP.
 
     To three digits, rounded up. Raises `ConfigError` where `before` has spent epsilon already, or no noise will do.
@@ -163,7 +185,7 @@ def noise_for(epsilon: float, delta: float, q: float, count: int, before: Iterab
         raise ConfigError(f"epsilon {epsilon:g} at delta {delta:g} is spent already: nothing is left for new steps")
 
     def cost(sigma: float) -> float:
-        return epsilon_of(spent_before + count * _rdp_of_step(sigma, q), delta)
+        return epsilon_of(spent_before + count * _rdp_of_step(sigma, q, parts), delta)
 
     low, high = 0.0, 1.0
     while cost(high) > epsilon:

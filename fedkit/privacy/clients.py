@@ -49,7 +49,9 @@ class ClientLevel:
     def __init__(self, dp: DP, rate: float, rounds: int) -> None:
         self._dp = dp
         self._rate = rate
-        self._noise = dp.noise_multiplier or noise_for(dp.epsilon or 0.0, dp.delta, rate, rounds)
+        self._noise = 0.0  # where clients bring it along
+        if dp.noise == "local":
+            self._noise = dp.noise_multiplier or noise_for(dp.epsilon or 0.0, dp.delta, rate, rounds)
 
     @property
     def noise_multiplier(self) -> float:

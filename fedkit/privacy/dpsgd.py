@@ -33,6 +33,8 @@ class PrivateSteps:
     * `noise_multiplier`: standard deviation of the noise on the sum, in units of `max_grad_norm`
     * `max_grad_norm`: the longest a row's gradient may be, over all trainable parameters together
     * `batch_size`: how many rows a step takes on average; "all" takes every row
+    * `rate`: instead, the probability with which a step takes each row. The sum itself leaves, with noise that clients
+      share in it, and what it is divided by is the whole cohort's
 
     Raises `ConfigError` for numbers that mean nothing.
     """
@@ -42,6 +44,7 @@ class PrivateSteps:
     batch_size: BatchSize
     steps: int
     rows: int
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         """Checks each number by itself."""
@@ -73,11 +76,15 @@ class PrivateSteps:
     @property
     def q(self) -> float:
         """With what probability each row takes part in a step."""
+        if self.rate is not None:
+            return self.rate
         return 1.0 if self.batch_size == "all" else min(self.batch_size / self.rows, 1.0)
 
     @property
     def expected_rows(self) -> float:
-        """How many rows a step takes on average: what sums are divided by, whatever the sample is."""
+        """How many rows a step takes on average: what sums are divided by, whatever the sample is; 1 for sums."""
+        if self.rate is not None:
+            return 1.0
         return self.rows if self.batch_size == "all" else min(self.batch_size, self.rows)
 
     @property

@@ -30,7 +30,9 @@ from fedkit.errors import Reason, Refused, StorageError
 from fedkit.privacy.accounting import Spent, Tally, epsilon_of, rdp_of, spent
 from fedkit.work import Steps
 
-__all__ = ["Account", "Budget", "Ledger", "Reservation"]
+__all__ = ["WHOLE_CLIENT", "Account", "Budget", "Ledger", "Reservation"]
+
+WHOLE_CLIENT = "/client"  # after a data set's id: the account of what hides the client with all its rows
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, digest BLOB NOT NULL);
@@ -38,7 +40,8 @@ CREATE TRIGGER IF NOT EXISTS no_change BEFORE UPDATE ON entries BEGIN SELECT RAI
 CREATE TRIGGER IF NOT EXISTS no_removal BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append only'); END;
 """
 _START = bytes(32)
-_RELATION = "add_or_remove_one"
+_ROW = "add_or_remove_one"
+_CLIENT = "any_update_of_the_client"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +54,17 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one assignment may spend: `steps` of the Poisson-sampled Gaussian mechanism, gradients clipped to `clip`."""
+    """What one assignment may spend: `steps` of a Poisson-sampled mechanism, gradients clipped to `clip`.
+
+    `is_whole`: it is the whole client that the noise hides, and an update that is clipped.
+    """
 
     assignment: str
     run: str
     data: str
     steps: Steps
     clip: float
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +167,10 @@ class Ledger:
         self.check(wish, budget)
         if of_run is not None:
             _require(wish, account.steps_of(wish.run), of_run, f"the run at {wish.data}")
-        steps = {"noise_multiplier": wish.steps.noise_multiplier, "q": wish.steps.q, "count": wish.steps.count}
+        steps, mechanism = wish.steps.to_dict(), "sampled_gaussian" if wish.steps.parts is None else "sampled_skellam"
         about = {"assignment": wish.assignment, "run": wish.run, "data": wish.data, "steps": steps, "clip": wish.clip}
-        self._append({"kind": "reserve", "relation": _RELATION, "mechanism": "sampled_gaussian", **about})
+        relation = _CLIENT if wish.is_whole else _ROW
+        self._append({"kind": "reserve", "relation": relation, "mechanism": mechanism, **about})
 
     def check(self, wish: Reservation, budget: Budget) -> None:
         """Raises `Refused` where the reservation would go beyond the budget of the data."""
@@ -201,7 +209,7 @@ class Ledger:
             account = replace(account, rows=entry["rows"], fingerprint=entry["fingerprint"])
         elif kind == "reserve":
             named = {name: entry[name] for name in ("assignment", "run", "data", "clip")}
-            wish = Reservation(steps=Steps(**entry["steps"]), **named)
+            wish = Reservation(steps=Steps.from_dict(entry["steps"]), is_whole=entry["relation"] == _CLIENT, **named)
             account = replace(
                 account,
                 reservations=(*account.reservations, wish),

@@ -11,9 +11,9 @@ from fedkit.privacy.accounting import noise_for
 from fedkit.privacy.dpsgd import PrivateSteps
 from fedkit.queries import Moments
 from fedkit.rounds.assignment import Private
-from fedkit.work import Evaluate, Steps, Summarize, Work
+from fedkit.work import Evaluate, Parts, Steps, Summarize, Work
 
-__all__ = ["QUESTION_SHARE", "Planned", "planned"]
+__all__ = ["QUESTION_SHARE", "Planned", "multiplier_for", "planned", "require_delta"]
 
 QUESTION_SHARE = 1 / 6  # of epsilon, for one question about the data before training
 
@@ -36,17 +36,22 @@ def planned(private: Private, work: Work, rows: int) -> Planned:
     question whose answer has no bounds.
     """
     dp = private.dp
-    if dp.delta > 1.0 / rows:
-        text = f"delta {dp.delta:g} is more than one over the {rows} rows: at most {1.0 / rows:.2g} makes sense here"
-        raise Refused(Reason.PRIVACY, text)
+    require_delta(dp, rows)
     if isinstance(work, Summarize):
         return Planned(_question(dp, work))
     if isinstance(work, Evaluate):
         raise ValueError("scores are not covered by differential privacy")
     plain = PrivateSteps.of(work, rows, noise_multiplier=0.0, max_grad_norm=dp.max_grad_norm)
-    noise = _noise(dp, plain.q, private.visits * plain.steps, private.questions)
+    noise = multiplier_for(dp, plain.q, private.visits * plain.steps, private.questions)
     training = replace(plain, noise_multiplier=noise)
     return Planned(training.cost, training)
+
+
+def require_delta(dp: DP, rows: int) -> None:
+    """Raises `Refused` where delta is so large that one of so many rows could be given away outright."""
+    if dp.delta > 1.0 / rows:
+        text = f"delta {dp.delta:g} is more than one over the {rows} rows: at most {1.0 / rows:.2g} makes sense here"
+        raise Refused(Reason.PRIVACY, text)
 
 
 def _question(dp: DP, work: Summarize) -> Steps:
@@ -64,12 +69,13 @@ def _question_noise(dp: DP) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def _noise(dp: DP, q: float, count: int, questions: int) -> float:
+def multiplier_for(dp: DP, q: float, count: int, questions: int, parts: Parts | None = None) -> float:
+    """The noise multiplier of `count` steps at rate `q` that come after so many questions; raises `Refused`."""
     if dp.noise_multiplier is not None:
         return dp.noise_multiplier
     assert dp.epsilon is not None  # DP has one of the two
     before = [Steps(_question_noise(dp), 1.0, questions)] if questions else []
     try:
-        return noise_for(dp.epsilon, dp.delta, q, count, before)
+        return noise_for(dp.epsilon, dp.delta, q, count, before, parts)
     except ConfigError as error:
         raise Refused(Reason.PRIVACY, str(error)) from None

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import secrets
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
@@ -62,6 +64,11 @@ class Randomness:
         torch.mul(radius, angle.cos(), out=found[0])
         torch.mul(radius, angle.sin_(), out=found[1])
         return found.view(-1)[:count]
+
+    def uniform(self, count: int) -> npt.NDArray[np.float64]:
+        """`count` independent numbers from 0 up to 1, multiples of 2^-52."""
+        found: npt.NDArray[np.float64] = self._unit(count).numpy()
+        return found - 1.0
 
     def seed(self) -> int:
         """A seed for code that draws from torch's own generators, such as dropout: 63 bits, where it keeps them."""

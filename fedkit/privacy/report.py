@@ -24,7 +24,8 @@ class RunCost:
 
     `clipped_share` is the part of all gradients that were longer than the clip, None where none is known: next to
     none, and the clip could be less, with less noise; next to all, and the model learns from directions alone. It is
-    exact, for the site's own eyes.
+    exact, for the site's own eyes. `shared` is (clients, dropouts, colluders) of each sum in which it shared the noise,
+    `is_whole` that it was for the whole client.
     """
 
     run: str
@@ -36,6 +37,8 @@ class RunCost:
     clips: tuple[float, ...]
     clipped_share: float | None
     spent: Spent
+    shared: tuple[tuple[int, int, int], ...] = ()
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ def report(account: Account, budget: Budget | None, delta: float) -> Report:
 def _cost(account: Account, run: str, delta: float) -> RunCost:
     mine = [one for one in account.reservations if one.run == run]
     clipped, gradients = account.clipped.get(run, (0, 0))
+    parts = {one.steps.parts for one in mine}
     return RunCost(
         run=run,
         assignments=len(mine),
@@ -80,6 +84,8 @@ def _cost(account: Account, run: str, delta: float) -> RunCost:
         clips=tuple(sorted({one.clip for one in mine})),
         clipped_share=clipped / gradients if gradients else None,
         spent=account.spent(delta, run=run),
+        shared=tuple(sorted({(one.cohort, one.dropouts, one.colluders) for one in parts if one is not None})),
+        is_whole=any(one.is_whole for one in mine),
     )
 
 

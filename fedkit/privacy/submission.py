@@ -13,13 +13,14 @@ from fedkit.crypto.seal import require_library
 from fedkit.errors import ConfigError, IncompatibleStrategy
 from fedkit.privacy import models
 from fedkit.privacy.clients import ClientLevel, require_client_level
+from fedkit.privacy.shared import Sharing, require_shared
 from fedkit.rounds.layout import Secret
 from fedkit.strategy import Strategy
 from fedkit.task import Task
 from fedkit.weights import Weights
 from fedkit.work import Fit
 
-__all__ = ["fewest", "require_privacy", "require_private", "shield_for", "with_aggregation"]
+__all__ = ["fewest", "require_privacy", "require_private", "sharing_for", "shield_for", "with_aggregation"]
 
 
 def require_privacy(
@@ -29,6 +30,8 @@ def require_privacy(
     if privacy.dp is not None:
         require_private(strategy, task, module, privacy.dp)
     shield_for(strategy, privacy.dp, clients)
+    if privacy.dp is not None and privacy.dp.noise == "shared":
+        require_shared(strategy, privacy, clients)
     secret = Secret.of(privacy)
     if secret is None:
         return
@@ -79,8 +82,11 @@ def _require_summable(kind: str, strategy: Strategy, task: Task, privacy: Privac
         )
     if task.prepare is not None and task.prepare.query.bounds is None:
         raise IncompatibleStrategy(f"{kind} and the statistics of {task.name}: Standardize needs bounds")
-    if privacy.dp is not None and privacy.dp.level == "client":
-        raise IncompatibleStrategy(f"{kind} and dp at level client: nobody could see that updates are clipped")
+    if privacy.dp is not None and privacy.dp.level == "client" and privacy.dp.noise == "local":
+        raise IncompatibleStrategy(
+            f"{kind} and dp at level client: the coordinator could not see that updates are clipped, nor add its noise "
+            "unseen; with aggregation='masked' and noise='shared' the clients do both"
+        )
 
 
 def shield_for(strategy: Strategy, dp: DP | None, clients: int) -> ClientLevel | None:
@@ -90,6 +96,15 @@ def shield_for(strategy: Strategy, dp: DP | None, clients: int) -> ClientLevel |
     shield = ClientLevel(dp, strategy.participation.fraction, strategy.rounds)
     shield.require(clients)
     return shield
+
+
+def sharing_for(strategy: Strategy, task: Task, privacy: Privacy, clients: int) -> Sharing | None:
+    """What plans the noise that clients share in a run, where that was asked for."""
+    dp = privacy.dp
+    if dp is None or dp.noise == "local":
+        return None
+    visits = strategy.visits if dp.level == "example" else strategy.rounds
+    return Sharing(privacy, visits, int(task.prepare is not None), clients)
 
 
 def require_private(strategy: Strategy, task: Task, module: nn.Module, dp: DP) -> None:

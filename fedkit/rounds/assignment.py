@@ -17,6 +17,7 @@ from fedkit.crypto.messages import Session, Told
 from fedkit.crypto.ring import Words
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.rounds.layout import Layout, words_manifest
+from fedkit.rounds.noise import SharedNoise
 from fedkit.spool import payload_digest
 from fedkit.weights import Manifest, Vector, Weights
 from fedkit.work import Answer, Update, Work
@@ -176,7 +177,19 @@ class Assignment:
         parts = [type(self.work).__name__, self.work.to_dict(), self.seed, self.masking.layout.to_json()]
         if self.private is not None:
             parts += [self.private.dp.to_dict(), self.private.visits, self.private.questions]
+        if self.clip is not None:
+            parts += [self.clip.norm, self.clip.tells]
         return Told(payload_digest, blake3(json.dumps(parts, sort_keys=True).encode()).digest())
+
+    @property
+    def noise(self) -> SharedNoise | None:
+        """The noise of which the answer takes this client's part."""
+        return None if self.masking is None or self.returns != "words" else self.masking.layout.noise
+
+    @property
+    def is_noised(self) -> bool:
+        """Whether its answer is drawn at random for the sake of privacy, and so only once."""
+        return self.private is not None or self.noise is not None
 
     def answer_manifest(self, sent: Manifest) -> Manifest:
         """The manifest that an answer of vectors has, to a model of manifest `sent`."""

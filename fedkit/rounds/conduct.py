@@ -20,7 +20,7 @@ from fedkit.rounds.call import Refusal
 from fedkit.rounds.federation import JournaledFederation, RunIdentity
 from fedkit.rounds.journal import Commit, Journal, RoundRecord
 from fedkit.rounds.layout import Secret
-from fedkit.rounds.shield import Shield
+from fedkit.rounds.shield import Sharing, Shield
 from fedkit.strategy import Handed, Strategy
 from fedkit.task import Prepared, Task
 from fedkit.weights import Weights
@@ -45,6 +45,7 @@ class Plan:
     evaluate: Evaluation | None = None
     privacy: Privacy = Privacy()
     shield: Shield | None = None
+    sharing: Sharing | None = None
     min_clients: int = 1
     on_round: Observer | None = None
 
@@ -114,7 +115,8 @@ class _Run(JournaledFederation):
         dp = plan.privacy.dp
         of_rows = dp is not None and dp.level == "example"
         private = Private(dp, strategy.visits, int(plan.task.prepare is not None)) if dp and of_rows else None
-        about = (strategy.participation, strategy.least, private, plan.shield, Secret.of(plan.privacy))
+        secret = Secret.of(plan.privacy)
+        about = (strategy.participation, strategy.least, private, plan.shield, secret, plan.sharing)
         identity = RunIdentity(plan.name, plan.seed, *about)
         super().__init__(identity, transport, journal)
         self._plan = plan

@@ -45,7 +45,8 @@ from fedkit.rounds.journal import Entry, Journal, OpenRound, Started
 from fedkit.rounds.layout import Layout, Secret
 from fedkit.rounds.masked import Asked, MaskedSum
 from fedkit.rounds.open import Progress
-from fedkit.rounds.shield import EVERY_CLIENT, Shield
+from fedkit.rounds.shared import clients_mean, rate_of, rows_mean
+from fedkit.rounds.shield import EVERY_CLIENT, Sharing, Shield
 from fedkit.strategy import Arrival, Handed, Send
 from fedkit.weights import Manifest, Vector, Weights
 from fedkit.work import Answer, Evaluate, Fit, Gradient, Summarize, Update, Work, counts_rows
@@ -69,6 +70,7 @@ class RunIdentity:
     private: Private | None = None
     shield: Shield | None = None
     secret: Secret | None = None  # where nobody sees single answers: how
+    sharing: Sharing | None = None  # where clients share the noise in such sums
 
 
 class _Question:
@@ -102,7 +104,8 @@ class _Question:
         """The assignment of one client."""
         run, seed = self._identity.name, self._identity.seed
         shield = self._identity.shield  # who was drawn is not for other clients' eyes: the draw is what hides them
-        cohort = tuple(self.cohort) if shield is None or shield.rate == 1.0 else ()
+        is_known = shield is None or shield.rate == 1.0 or self._identity.secret is not None
+        cohort = tuple(self.cohort) if is_known else ()
         masking = self.masking.get(client)
         about = (self._round, client, self.work, self.returns, cohort, self.private, self.clip, masking)
         return Assignment(self.ids[client], run, seed, *about)
@@ -203,6 +206,8 @@ class JournaledFederation:
         if self.now.releases or sorted(cohort) != sorted(self.drawn or ()):
             raise RunError("client-level privacy covers one mean a round, over the clients it has drawn: self.cohort()")
         shield.require(len(self.clients))
+        if self.identity.sharing is not None:
+            return await self._shared_by_clients(shield, self.identity.sharing, cohort, parcel, work)
         cost = shield.epsilon(1 + sum(one.releases for one in (*self.journal.history(), *self.journal.abandoned())))
         clip, expected = Clip(self._clip(shield), shield.tells), max(shield.rate * len(self.clients), 1.0)
         fold = MeanFold(cohort, parcel.model.manifest, "uniform", over=expected)
@@ -221,6 +226,8 @@ class JournaledFederation:
     async def _secret_mean(
         self, rule: Secret, cohort: Collection[str], parcel: Parcel, work: Fit | Gradient, weights: Weighting
     ) -> Mean:
+        if self.identity.sharing is not None:
+            return await self._shared_by_rows(self.identity.sharing, cohort, parcel, work, weights)
         extras = tuple(sorted((name, vector.size) for name, vector in parcel.extra.items()))
         cap = 0 if weights == "uniform" else self._cap()
         layout = rule.mean(parcel.model.manifest.size, len(cohort), cap, extras)
@@ -231,6 +238,45 @@ class JournaledFederation:
             raise (error if rule.scheme == "masked" else RoundLost(f"round {self.round}: {error}.")) from None
         self.now.contributed(mean.clients, mean.examples, mean.loss)
         return mean
+
+    async def _shared_by_rows(
+        self, sharing: Sharing, cohort: Collection[str], parcel: Parcel, work: Fit | Gradient, weights: Weighting
+    ) -> Mean:
+        """The mean gradient of all rows drawn, with the noise that all clients have added together."""
+        if not isinstance(work, Gradient) or parcel.extra or weights != "examples":
+            raise RunError(
+                "shared noise covers the mean gradient of all rows: send nothing else, and weigh by examples"
+            )
+        rows = self._rows_each()
+        layout = sharing.of_rows(parcel.model.manifest.size, len(cohort), rate_of(work, rows), rows)
+        total, clients = await self._secret_sum(work, parcel, cohort, layout, self.identity.participation)
+        mean = await self.transport.aside("fold", lambda: rows_mean(layout, total, clients, parcel.model.manifest))
+        self.now.contributed(mean.clients, mean.examples, None)
+        return mean
+
+    async def _shared_by_clients(
+        self, shield: Shield, sharing: Sharing, cohort: Collection[str], parcel: Parcel, work: Fit | Gradient
+    ) -> Mean:
+        """The sum of clipped updates over the expected clients, with the noise that all of them have added together."""
+        try:
+            layout = sharing.of_clients(parcel.model.manifest.size, len(cohort))
+        except ConfigError as error:
+            raise RoundAbandoned(f"round {self.round}: the {len(cohort)} clients drawn are too few: {error}.") from None
+        releases = 1 + sum(one.releases for one in (*self.journal.history(), *self.journal.abandoned()))
+        cost, expected = sharing.epsilon(layout, releases), max(shield.rate * len(self.clients), 1.0)
+        rule = Participation(quorum=1, deadline_s=self.identity.participation.deadline_s)
+        clip = Clip(shield.first_clip)
+        total, clients = await self._secret_sum(work, parcel, cohort, layout, rule, clip)
+        self.now.releases, self.now.clip, self.now.epsilon = 1, clip.norm, {EVERY_CLIENT: cost}
+        over = (clients, parcel.model.manifest, expected)
+        mean = await self.transport.aside("fold", lambda: clients_mean(layout, total, *over))
+        self.now.contributed(mean.clients, mean.examples, None)
+        return mean
+
+    def _rows_each(self) -> float:
+        """How many rows clients have on average; round 0 has counted them."""
+        counted = next(iter(self.journal.history()), None)
+        return 1.0 if counted is None or not counted.clients else counted.examples / len(counted.clients)
 
     def _cap(self) -> int:
         """The rows from which a client's weight does not grow any more: four times as many as clients have on average.
@@ -243,21 +289,27 @@ class JournaledFederation:
         return max(-(-4 * counted.examples // len(counted.clients)), 1)
 
     async def _secret_sum(
-        self, work: Work, parcel: Parcel, cohort: Collection[str], layout: Layout, rule: Participation
+        self,
+        work: Work,
+        parcel: Parcel,
+        cohort: Collection[str],
+        layout: Layout,
+        rule: Participation,
+        clip: Clip | None = None,
     ) -> tuple[Words, tuple[str, ...]]:
         """The opened sum of the cohort's masked words, and whose they are; scores may be those of nobody."""
-        base = self._ask(work, "words", parcel, cohort)
+        base = self._ask(work, "words", parcel, cohort, clip)
         first = Masking(base.key, "advertise" if layout.scheme == "masked" else "offer", layout)
         member = replace(base.assignment(base.cohort[0]), masking=first)
         session, told = first.session(self.identity.name, self.round), member.told(parcel.payload_digest)
         members, refuse = self.transport.members(), self.now.refusals.append
 
         async def ask(asked: Asked) -> None:
-            await self._step(first, asked, work, parcel)
+            await self._step(first, asked, work, parcel, clip)
 
         try:
             if layout.scheme == "masked":
-                masked = MaskedSum(Sum(session, told, members), ask, self._aside, refuse)
+                masked = MaskedSum(Sum(session, told, members, layout.least), ask, self._aside, refuse)
                 return await masked.opened(base.cohort, layout, rule)
             ceremony = Ceremony(session, layout.encryption)
             about = (ceremony, told, members, layout.words)
@@ -266,13 +318,14 @@ class JournaledFederation:
             text = f"round {self.round}: {error}. {_reasons(self.now.refusals)}".strip()
             raise type(error)(text) from None
 
-    async def _step(self, first: Masking, asked: Asked, work: Work, parcel: Parcel) -> None:
+    async def _step(self, first: Masking, asked: Asked, work: Work, parcel: Parcel, clip: Clip | None) -> None:
         """One step of a secure sum, a call of its own."""
         masking = {name: replace(first, step=asked.step, message=text) for name, text in asked.messages.items()}
         is_worked = asked.step in ("vector", "encrypt")
         sent = asked.parcel or (parcel if is_worked else Parcel(_NO_MODEL))
         returns: Returns = "words" if asked.step in WORDS_STEPS else "reply"
-        question = _Question(self.identity, self.now, work, returns, sent, list(masking), masking=masking)
+        cut = clip if is_worked else None
+        question = _Question(self.identity, self.now, work, returns, sent, list(masking), cut, masking)
         await self._group(question, asked.fold, asked.rule, optional=not is_worked or isinstance(work, Evaluate))
 
     async def _aside(self, work: Callable[[], Any]) -> Any:
@@ -471,12 +524,14 @@ class JournaledFederation:
 
     # -- below -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, work: Work, returns: Returns, parcel: Parcel, cohort: Collection[str]) -> _Question:
+    def _ask(
+        self, work: Work, returns: Returns, parcel: Parcel, cohort: Collection[str], clip: Clip | None = None
+    ) -> _Question:
         unknown = sorted(set(cohort) - set(self.clients))
         if unknown:
             there = ", ".join(self.clients[:5]) + (", ..." if len(self.clients) > 5 else "")
             raise ConfigError(f"round {self.round}: {unknown[0]!r} is not one of the round's clients ({there})")
-        return _Question(self.identity, self.now, work, returns, parcel, list(cohort))
+        return _Question(self.identity, self.now, work, returns, parcel, list(cohort), clip)
 
     async def _group(
         self,

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from fedkit.aggregation import Mean, Total
 from fedkit.config import Privacy
 from fedkit.crypto import bfv, ckks
 from fedkit.crypto.chunks import FULL_BYTES, SEEDED_BYTES, Scheme, chunks_for
 from fedkit.crypto.ring import FULL_WEIGHT, FixedPoint, Floats, Integers, Reals, Ring, Words, weight_of
-from fedkit.errors import PayloadError, Reason, Refused, SumSpoiled
+from fedkit.errors import ConfigError, PayloadError, Reason, Refused, SumSpoiled
+from fedkit.rounds.noise import SharedNoise
 from fedkit.weights import Entry, Manifest, Vector, Weights
-from fedkit.work import Answer, MetricSums, Reply, Summary, Update
+from fedkit.work import Answer, MetricSums, Parts, Reply, Summary, Update
 
 __all__ = ["Layout", "Secrecy", "Secret", "words_manifest"]
 
@@ -26,6 +29,8 @@ _MOST_BITS = 24  # as many as float32 holds
 _WORD_BYTES = 4
 _CKKS_BITS = 16  # of the whole numbers beside a CKKS mean: few enough that its error never moves one
 _EXACT = 3  # of a mean: loss times rows, rows with a loss, all rows
+_LEAST_RATE = 16  # of the Poisson numbers that noise is made of
+_TAIL = 11  # standard deviations, beyond which noise of so large a rate is with a probability below 2^-78
 
 
 def words_manifest(words: int) -> Manifest:
@@ -69,6 +74,9 @@ class Layout:
     weight: min(rows, cap) / cap, or 1 where `cap` is 0. Behind it are the weight, the loss and the rows. "integers" and
     "reals" are `size` sums, and the rows. `scheme` says how they are kept secret. Raises `ConfigError` where the sum
     might overflow.
+
+    With `noise`, each client adds its part of that to the elements of its mean. There is room in the ring for eleven
+    standard deviations of all parts together: beyond them (2^-40 in 2^30 elements) a sum is off, and as private.
     """
 
     kind: Literal["mean", "integers", "reals"]
@@ -79,11 +87,14 @@ class Layout:
     cap: int = 0
     extras: tuple[tuple[str, int], ...] = ()
     scheme: Secrecy = "masked"
+    noise: SharedNoise | None = None
 
     def __post_init__(self) -> None:
         """Makes the ring, which refuses what does not fit."""
         if min(self.size, self.cap) < 0 or any(length < 0 for _, length in self.extras):
             raise PayloadError("a layout has no negative sizes")
+        if self.noise is not None:
+            self._require_noise(self.noise)
         _ = self._point if self.kind == "mean" else self._reals
 
     @property
@@ -101,7 +112,7 @@ class Layout:
 
     @property
     def _point(self) -> FixedPoint:
-        return FixedPoint(self._ring, self.clip, self.bits)
+        return FixedPoint(self._ring, self.clip, self.bits, self._spare)
 
     @property
     def _reals(self) -> Reals:
@@ -136,17 +147,69 @@ class Layout:
         """How many words of 32 bits an encrypted sum has, once it is decrypted."""
         return self.words * (2 if self.scheme == "ckks" else 1)
 
+    # -- noise in parts ------------------------------------------------------------------------------------------------
+
+    def _require_noise(self, noise: SharedNoise) -> None:
+        if (self.kind, self.scheme, self.extras, self.cap) != ("mean", "masked", (), 0):
+            raise PayloadError("noise in parts goes on a masked mean without extras, of clients of one weight")
+        noise.require(self.cohort)
+        if not noise.multiplier * self._unit(noise) <= self._ring.largest:
+            raise ConfigError(f"noise of {noise.multiplier:g} clips does not fit the ring: take fewer bits")
+        if self.noise_rate < _LEAST_RATE:
+            text = f"noise of {noise.multiplier:g} clips is finer than {self.bits} bits tell: take more bits"
+            raise ConfigError(text)
+
+    def _unit(self, noise: SharedNoise) -> float:
+        """How many steps of the ring a clip is long."""
+        return noise.norm / FixedPoint(self._ring, self.clip, self.bits).step
+
+    @property
+    def least(self) -> int:
+        """How many clients' vectors a sum must hold to be opened: with noise in parts, all but those who may drop."""
+        return 0 if self.noise is None else self.cohort - self.noise.dropouts
+
+    @property
+    def parts(self) -> Parts | None:
+        """Whose noise it takes, in steps of the ring."""
+        if self.noise is None:
+            return None
+        return Parts(self.cohort, self.noise.dropouts, self.noise.colluders, self._unit(self.noise), self.size)
+
+    @property
+    def noise_rate(self) -> int:
+        """Each client's noise is the difference of two Poisson numbers of this rate, rounded up.
+
+        A difference has a variance of twice its rate, and the parts that count have (multiplier * unit)² in all.
+        """
+        parts = self.parts
+        if self.noise is None or parts is None:
+            return 0
+        return math.ceil((self.noise.multiplier * parts.unit) ** 2 / (2 * parts.honest))
+
+    @property
+    def _spare(self) -> int:
+        """Room in the ring for the noise of all clients together."""
+        return math.ceil(_TAIL * math.sqrt(2.0 * self.noise_rate * self.cohort))
+
     def error_bound(self, clients: int, weight: int) -> float:
         """How far an element of the mean over `clients` may be off, whose weights in 1/4096 add up to `weight`."""
         return self._point.error_bound(clients, weight)
 
     # -- at a client ---------------------------------------------------------------------------------------------------
 
-    def encode(self, answer: Answer) -> Words:
-        """One client's words; raises `Refused` for an answer of another shape, or one that does not fit."""
+    def encode(self, answer: Answer, noise: npt.NDArray[np.int64] | None = None) -> Words:
+        """One client's words; raises `Refused` for an answer of another shape, or one that does not fit.
+
+        `noise` is this client's part, `size` whole numbers of `noise_rate`, where the layout asks for it.
+        """
         rows = np.array([answer.examples], dtype=np.int64)
+        if (0 if noise is None else noise.size) != (0 if self.noise is None else self.size):
+            raise ConfigError("a part of the noise goes with a layout that asks for it, one number an element")
         if isinstance(answer, Update):
-            return self._encode_mean(answer, rows)
+            words = self._encode_mean(answer, rows)
+            if noise is not None:
+                words[: self.size] += self._ring.words(noise)
+            return words
         is_summary = isinstance(answer, Summary) and answer.vector.dtype == np.int64 and self.kind == "integers"
         is_scores = isinstance(answer, MetricSums) and self.kind == "reals"
         if isinstance(answer, Reply) or not (is_summary or is_scores) or answer.vector.shape != (self.size,):
@@ -240,12 +303,13 @@ class Layout:
             fields = json.loads(text)
             extras = tuple((str(name), int(length)) for name, length in fields.pop("extras"))
             checked = {name: kind(fields.pop(name)) for name, kind in _FIELDS.items()}
+            noise = SharedNoise.from_dict(fields.pop("noise"))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise PayloadError(f"not a layout: {type(error).__name__}") from None
         known = checked["kind"] in ("mean", "integers", "reals") and checked["scheme"] in ("masked", "bfv", "ckks")
         if fields or not known:
             raise PayloadError("not a layout")
-        return cls(**checked, extras=extras)
+        return cls(**checked, extras=extras, noise=noise)
 
 
 _FIELDS: Mapping[str, type] = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedkit.crypto import bfv, ckks
@@ -27,6 +28,8 @@ from fedkit.work import Answer, Fit, Gradient, Reply, Update
 
 __all__ = ["Cover", "Key", "Masks", "Seat", "cover_from", "letter"]
 
+Part: TypeAlias = npt.NDArray[np.int64]  # of noise that clients share
+
 
 @dataclass(frozen=True, slots=True)
 class Masks:
@@ -40,9 +43,12 @@ class Masks:
         """Both."""
         return self.plus, self.minus
 
-    def cover(self, layout: Layout, answer: Answer) -> Update:
-        """The answer as it may leave: masked words. Raises `Refused` where it does not fit the layout."""
-        words = layout.encode(answer)
+    def cover(self, layout: Layout, answer: Answer, noise: Part | None = None) -> Update:
+        """The answer as it may leave: masked words, with this client's part of the noise where the layout has any.
+
+        Raises `Refused` where it does not fit the layout.
+        """
+        words = layout.encode(answer, noise)
         apply_masks(words, self.plus, self.minus)
         return _update(words, answer)
 
@@ -58,10 +64,10 @@ class Key:
         """As those of masks."""
         return (self.secret.data,), ()
 
-    def cover(self, layout: Layout, answer: Answer) -> Update:
+    def cover(self, layout: Layout, answer: Answer, noise: Part | None = None) -> Update:
         """The answer as it may leave: chunks of ciphertext. Raises `Refused` where it does not fit the layout."""
         if layout.scheme == "bfv":
-            chunks = bfv.encrypt(self.secret, layout.encode(answer))
+            chunks = bfv.encrypt(self.secret, layout.encode(answer, noise))
         else:
             chunks = ckks.encrypt(self.secret, layout.floats(answer))
         words, start = np.empty(layout.sent, dtype="<u4"), 0
@@ -139,8 +145,9 @@ class Seat:
             if isinstance(member, Holder):
                 return _key_of(member, masking, told, payload_digest), member.to_bytes()
             sharers, inbox = unpacked(masking.message, 2)
-            about = (names_from(sharers), Shares.from_bytes(inbox))
-            plus, minus = member.mask_keys(*about, told, masking.layout.words)
+            about = (names_from(sharers), Shares.from_bytes(inbox), told)
+            _require_planned(about[0], masking.layout)
+            plus, minus = member.mask_keys(*about, masking.layout.words, masking.layout.least)
         return Masks(tuple(plus), tuple(minus)), member.to_bytes()
 
     def vow(self, assignment: Assignment, left: bytes) -> tuple[bytes, bytes] | None:
@@ -187,6 +194,12 @@ def _refusing(masking: Masking) -> Iterator[None]:
 
 def _reason(masking: Masking) -> Reason:
     return Reason.MASKING if masking.layout.scheme == "masked" else Reason.ENCRYPTION
+
+
+def _require_planned(sharers: tuple[str, ...], layout: Layout) -> None:
+    """Raises `Refused` where more are added up than there is room, and noise, planned for."""
+    if len(sharers) > layout.cohort:
+        raise Refused(Reason.MASKING, f"{len(sharers)} members in a sum that is planned for {layout.cohort}")
 
 
 def _masking_of(assignment: Assignment) -> Masking:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedkit.aggregation import Mean
+from fedkit.rounds.layout import Layout
 
-__all__ = ["EVERY_CLIENT", "Release", "Shield"]
+__all__ = ["EVERY_CLIENT", "Release", "Sharing", "Shield"]
 
 EVERY_CLIENT = "every client"  # under which a record has the epsilon that is the same for all
 
@@ -22,6 +23,25 @@ class Release:
 
     mean: Mean
     clip: float
+
+
+class Sharing(Protocol):
+    """The noise of a run to which each client adds its part; `fedkit.privacy.shared` implements it."""
+
+    def of_rows(self, size: int, cohort: int, rate: float, rows: float) -> Layout:
+        """Of a sum of gradients of `rows` rows a client on average, each of which takes part with probability `rate`.
+
+        Raises `ConfigError` where so many clients cannot share it.
+        """
+        ...
+
+    def of_clients(self, size: int, cohort: int) -> Layout:
+        """Of a sum of clipped updates; raises `ConfigError` where so many clients cannot share it."""
+        ...
+
+    def epsilon(self, layout: Layout, releases: int) -> float:
+        """What so many such sums cost a client that has a part in each; raises `RunError` beyond what was planned."""
+        ...
 
 
 class Shield(Protocol):

@@ -16,7 +16,7 @@ from torch import nn
 from fedkit import codec, rng
 from fedkit.config import Evaluation, Privacy
 from fedkit.errors import ConfigError, RunFailed
-from fedkit.privacy.submission import require_privacy, shield_for
+from fedkit.privacy.submission import require_privacy, sharing_for, shield_for
 from fedkit.progress import shown
 from fedkit.result import Result, trained, warn_of_failures
 from fedkit.rounds.conduct import Plan, conduct
@@ -82,6 +82,7 @@ def simulate(
                 evaluate=evaluate,
                 privacy=privacy,
                 shield=shield,
+                sharing=sharing_for(strategy, task, privacy, len(names)),
                 min_clients=len(names),
                 on_round=observer,
             )

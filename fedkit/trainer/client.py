@@ -8,7 +8,8 @@ from typing import Protocol
 from fedkit.crypto.encrypted import SecretKey
 from fedkit.errors import DataError, IncompatibleStrategy, Reason, Refused
 from fedkit.privacy.accounting import Tally, epsilon_of, rdp_of
-from fedkit.privacy.plan import Planned, planned
+from fedkit.privacy.plan import Planned
+from fedkit.privacy.shared import part_of, planned_for
 from fedkit.rounds.assignment import WORDS_STEPS, Assignment, Parcel
 from fedkit.rounds.seat import Key, Seat
 from fedkit.trainer.trainer import ClientState, Trainer
@@ -133,7 +134,7 @@ class LocalClient:
             self._sums[masking.call] = after
             return cover.opened(masking.layout, parcel.model), self._store.state()
         answer, state = self._worked(assignment, parcel)
-        covered = cover.cover(masking.layout, answer)
+        covered = cover.cover(masking.layout, answer, part_of(masking.layout))
         self._sums[masking.call] = after
         return covered, state
 
@@ -159,13 +160,14 @@ class LocalClient:
             raise Refused(Reason.FAILED, f"{kind}{error}") from error
 
     def _planned(self, assignment: Assignment) -> Planned | None:
-        if assignment.private is None:
+        if not assignment.is_noised:
             return None
-        return planned(assignment.private, assignment.work, self._trainer.rows(self.name))
+        return planned_for(assignment, self._trainer.rows(self.name))
 
     def _charged(self, assignment: Assignment, answer: Answer, steps: Steps) -> Answer:
         """The answer with what the run has cost so far; a simulated client has no budget but the run's."""
-        assert assignment.private is not None  # there was a plan
+        if assignment.private is None:  # whole clients' privacy is the run's to account for
+            return answer
         spent = self._spent[assignment.run] = self._spent.get(assignment.run, Tally()).plus(steps)
         if not isinstance(answer, Update):
             return answer

@@ -119,6 +119,14 @@ def test_private_fashion_learns_within_its_epsilon(garments, monkeypatch, capsys
     assert 7.0 < number(r"at epsilon (\d\.\d+)", text) <= 8.0
 
 
+def test_private_fashion_learns_with_one_noise_for_all_clients(garments, monkeypatch, capsys):
+    arguments = ["--clients", "4", "--rounds", "20", "--epsilon", "8", "--shared"]
+    run_here("fashion", monkeypatch, "--data", str(garments), *arguments, program="private.py")
+    text = capsys.readouterr().out
+    assert number(r"test accuracy (\S+)", text) > 0.5
+    assert 7.0 < number(r"at epsilon (\d\.\d+)", text) <= 8.0
+
+
 @pytest.mark.parametrize(
     ("shape", "values", "header", "complaint"),
     [

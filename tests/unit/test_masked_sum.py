@@ -171,6 +171,11 @@ def test_below_the_threshold_each_step_says_so() -> None:
         _play(Step.UNMASKINGS, masked, people[name], total)
     with pytest.raises(BelowThreshold, match="3 of 6 members gave their shares"):
         masked.open(total)
+    asking, people = Sum(SESSION, TOLD, least=5), played(Step.ADVERTS)[1]
+    for name in NAMES[:4]:
+        asking.advertise(people[name].advertise())
+    with pytest.raises(BelowThreshold, match="4 of 4 members sent keys, and it takes 5"):
+        asking.close_adverts()
     with pytest.raises(BelowThreshold, match="1 members sent keys"):
         alone = Sum(SESSION, TOLD)
         alone.advertise(people["a"].advertise())

@@ -99,6 +99,26 @@ def test_with_an_honest_coordinator_the_mean_is_read_and_no_vector_leaves_as_it_
     assert POINT.weight(total, 4) == 4 * 4096
 
 
+def test_a_vector_that_is_part_of_a_larger_sum_is_opened_in_no_smaller_one_even_after_a_restart() -> None:
+    federation = Federation()
+    sharers = federation.shared()
+    member, inbox = federation.members["ada"], federation.masked.inbox("ada")
+    with refuses("who shared: 4 members, and the least is 5"):
+        fewer = Shares({name: text for name, text in inbox.sealed.items() if name != "eva"})
+        member.mask_keys(sharers[:4], fewer, TOLD, SIZE + 1, 5)
+    member.mask_keys(sharers, inbox, TOLD, SIZE + 1, 5)
+    restored = Member.restore(member.to_bytes(), SESSION, "ada", KEYS["ada"], ROSTER)
+    with refuses("who delivered: 4 members, and the least is 5"):
+        restored.confirm(sharers[:4])
+    restored.confirm(sharers)
+    for name in NAMES[1:]:
+        federation.mask(name, sharers)
+    signatures = {name: federation.members[name].confirm(sharers) for name in NAMES[1:]}
+    with refuses("4 members agree with it on who delivered, and it takes 5"):
+        restored.unmask(signatures)
+    assert restored.unmask({**signatures, "ada": restored.confirm(sharers)}).seeds
+
+
 # -- the cohort --------------------------------------------------------------------------------------------------------
 
 

@@ -135,6 +135,27 @@ def test_a_budget_is_for_private_work_and_private_work_needs_one(
     assert said(Policy.unrestricted(), SECRET) == []
 
 
+@pytest.mark.parametrize(
+    ("rules", "colluders", "expected"),
+    [
+        ({}, 1, ["noise: a part of it, shared with other sites (allowed: all of it, without [shared_noise])"]),
+        ({"shared_noise": {}}, 1, []),
+        ({"shared_noise": {}}, 0, ["colluders that shared noise holds against: 0 (allowed: at least 1)"]),
+        ({"shared_noise": {"min_colluders": 0}}, 0, []),
+    ],
+)
+def test_noise_is_shared_only_where_the_policy_says_against_how_many(
+    rules: dict[str, object], colluders: int, expected: list[str]
+) -> None:
+    wish = dataclasses.replace(SECRET, colluders=colluders)
+    assert said(Policy(**BUDGETED, **rules), wish) == expected
+    assert said(Policy.unrestricted(), wish) == []
+
+
+def test_a_reply_in_a_masked_sum_tells_nothing_that_a_budget_is_for() -> None:
+    assert said(Policy(**BUDGETED), dataclasses.replace(TRAIN, returns="reply")) == []
+
+
 def test_private_work_may_have_small_batches() -> None:
     wish = dataclasses.replace(SECRET, work=FIT.replace(batch_size=1))
     assert said(Policy(**BUDGETED), wish) == []
@@ -259,7 +280,8 @@ def test_a_policy_that_is_not_there_is_an_error_and_not_an_empty_one(tmp_path: P
 # -- the guide ---------------------------------------------------------------------------------------------------------
 
 DOCS = Path(__file__).parents[2] / "docs"
-FIELDS = [field.name for field in dataclasses.fields(Policy) if field.name not in ("tasks", "budgets")]
+TABLES = ("tasks", "budgets", "shared_noise")
+FIELDS = [field.name for field in dataclasses.fields(Policy) if field.name not in TABLES]
 
 
 @pytest.mark.parametrize("path", sorted((DOCS / "policies").glob("*.toml")), ids=lambda path: path.stem)
