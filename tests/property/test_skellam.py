@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -175,6 +175,7 @@ def test_steps_come_back_from_what_is_written_of_them() -> None:
 # -- layouts -----------------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=25)
 @given(st.integers(3, 200), st.integers(1, 1_000_000), st.floats(0.001, 1.0), st.sampled_from([1.0, 8.0]))
 def test_a_plan_fits_the_ring_and_keeps_to_epsilon(cohort: int, size: int, rate: float, epsilon: float) -> None:
     dp = DP(epsilon=epsilon, delta=1e-5, noise="shared", dropouts=(cohort - 2) // 4, colluders=min(cohort // 10, 5))

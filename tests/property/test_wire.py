@@ -283,8 +283,21 @@ shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 norms = st.floats(0, exclude_min=True, allow_infinity=False)
 noise = st.builds(dict, epsilon=norms) | st.builds(dict, noise_multiplier=norms)
 dps = st.builds(lambda noise, delta, norm: DP(**noise, delta=delta, max_grad_norm=norm), noise, shares, norms)
+shared = st.builds(
+    lambda how, delta, norm, dropouts, colluders: DP(
+        **how, delta=delta, max_grad_norm=norm, noise="shared", dropouts=dropouts, colluders=colluders
+    ),
+    *(noise, shares, norms),
+    *(st.integers(0, 1 << 20), st.integers(0, 1 << 20)),
+)
 small = st.integers(1, 1000)
+noises = st.builds(
+    SharedNoise,
+    *(st.integers(0, 3), st.integers(0, 3)),
+    *(st.floats(0.1, 100.0), st.floats(0.1, 10.0), st.floats(0.001, 1.0)),
+)
 layouts = st.one_of(
+    st.builds(Layout, st.just("mean"), small, st.just(10), st.just(10.0), st.integers(16, 20), noise=noises),
     st.builds(
         Layout,
         kind=st.just("mean"),
@@ -313,7 +326,8 @@ assignments = st.builds(
     round=st.integers(-1, (1 << 63) - 1),
     client=names,
     work=works,
-    private=st.none() | st.builds(Private, dp=dps, visits=st.integers(1, 1_000_000), questions=st.integers(0, 5)),
+    private=st.none()
+    | st.builds(Private, dp=dps | shared, visits=st.integers(1, 1_000_000), questions=st.integers(0, 5)),
 )
 PARCEL = Parcel(Weights.zeros(Manifest((Entry("w", (2,)),))), {"control": np.ones(3, np.float32)})
 
