@@ -48,6 +48,7 @@ from fedkit.rounds.assignment import (
     Returns,
 )
 from fedkit.rounds.layout import Layout, Secrecy
+from fedkit.rounds.noise import SharedNoise
 from fedkit.server.database import Database
 from fedkit.weights import Entry, Manifest, Weights
 from fedkit.work import Evaluate, Fit, Gradient, MetricSums, Summarize, Summary
@@ -283,7 +284,7 @@ shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 norms = st.floats(0, exclude_min=True, allow_infinity=False)
 noise = st.builds(dict, epsilon=norms) | st.builds(dict, noise_multiplier=norms)
 dps = st.builds(lambda noise, delta, norm: DP(**noise, delta=delta, max_grad_norm=norm), noise, shares, norms)
-shared = st.builds(
+shared_dps = st.builds(
     lambda how, delta, norm, dropouts, colluders: DP(
         **how, delta=delta, max_grad_norm=norm, noise="shared", dropouts=dropouts, colluders=colluders
     ),
@@ -327,7 +328,7 @@ assignments = st.builds(
     client=names,
     work=works,
     private=st.none()
-    | st.builds(Private, dp=dps | shared, visits=st.integers(1, 1_000_000), questions=st.integers(0, 5)),
+    | st.builds(Private, dp=dps | shared_dps, visits=st.integers(1, 1_000_000), questions=st.integers(0, 5)),
 )
 PARCEL = Parcel(Weights.zeros(Manifest((Entry("w", (2,)),))), {"control": np.ones(3, np.float32)})
 
