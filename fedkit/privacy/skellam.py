@@ -20,14 +20,14 @@ import numpy.typing as npt
 from scipy.special import gammaln
 
 from fedkit.privacy.randomness import Randomness
+from fedkit.rounds.noise import LEAST_RATE
 from fedkit.work import Parts
 
-__all__ = ["LEAST_RATE", "divergence", "sensitivities", "skellam"]
+__all__ = ["divergence", "sensitivities", "skellam"]
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
-LEAST_RATE = 16  # of the Poisson numbers: below it the sampler does not hold, and the grid is coarser than the noise
 _SMALL = 64.0  # up to which the logarithm of a factorial is taken as such
 
 
@@ -56,7 +56,10 @@ def skellam(count: int, rate: int, random: Randomness) -> Integers:
 
 
 def _poisson(count: int, rate: int, random: Randomness) -> Integers:
-    """Poisson numbers less their whole `rate`, by transformed rejection (Hörmann 1993, algorithm PTRS)."""
+    """Poisson numbers less their whole `rate`, by transformed rejection (Hörmann 1993, algorithm PTRS; rates from 10).
+
+    Only ratios of probabilities are compared, in float64 to 1e-13.
+    """
     if rate < LEAST_RATE:
         raise ValueError(f"a rate is at least {LEAST_RATE}, not {rate}")
     found = np.empty(count, dtype=np.int64)

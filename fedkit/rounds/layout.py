@@ -17,7 +17,7 @@ from fedkit.crypto import bfv, ckks
 from fedkit.crypto.chunks import FULL_BYTES, SEEDED_BYTES, Scheme, chunks_for
 from fedkit.crypto.ring import FULL_WEIGHT, FixedPoint, Floats, Integers, Reals, Ring, Words, weight_of
 from fedkit.errors import ConfigError, PayloadError, Reason, Refused, SumSpoiled
-from fedkit.rounds.noise import SharedNoise
+from fedkit.rounds.noise import LEAST_RATE, SharedNoise
 from fedkit.weights import Entry, Manifest, Vector, Weights
 from fedkit.work import Answer, MetricSums, Parts, Reply, Summary, Update
 
@@ -29,7 +29,6 @@ _MOST_BITS = 24  # as many as float32 holds
 _WORD_BYTES = 4
 _CKKS_BITS = 16  # of the whole numbers beside a CKKS mean: few enough that its error never moves one
 _EXACT = 3  # of a mean: loss times rows, rows with a loss, all rows
-_LEAST_RATE = 16  # of the Poisson numbers that noise is made of
 _TAIL = 11  # standard deviations, beyond which noise of so large a rate is with a probability below 2^-78
 
 
@@ -155,7 +154,7 @@ class Layout:
         noise.require(self.cohort)
         if not noise.multiplier * self._unit(noise) <= self._ring.largest:
             raise ConfigError(f"noise of {noise.multiplier:g} clips does not fit the ring: take fewer bits")
-        if self.noise_rate < _LEAST_RATE:
+        if self.noise_rate < LEAST_RATE:
             text = f"noise of {noise.multiplier:g} clips is finer than {self.bits} bits tell: take more bits"
             raise ConfigError(text)
 

@@ -10,7 +10,9 @@ from typing import Any
 from fedkit.crypto.graph import COMPLETE_UP_TO, Assumptions
 from fedkit.errors import ConfigError, PayloadError
 
-__all__ = ["SharedNoise", "most_left_out"]
+__all__ = ["LEAST_RATE", "SharedNoise", "most_left_out"]
+
+LEAST_RATE = 16  # of the Poisson numbers that parts are made of: a grid for which it is less is coarser than the noise
 
 
 def most_left_out(cohort: int, dropouts: int, colluders: int) -> str:

@@ -19,9 +19,9 @@ from fedkit.errors import ConfigError, PayloadError
 from fedkit.privacy.accounting import ORDERS, Tally, epsilon_of, noise_for, rdp_of, spent
 from fedkit.privacy.randomness import Randomness
 from fedkit.privacy.shared import Sharing, part_of
-from fedkit.privacy.skellam import LEAST_RATE, divergence, sensitivities, skellam
+from fedkit.privacy.skellam import divergence, sensitivities, skellam
 from fedkit.rounds.layout import Layout
-from fedkit.rounds.noise import SharedNoise, most_left_out
+from fedkit.rounds.noise import LEAST_RATE, SharedNoise, most_left_out
 from fedkit.weights import Entry, Manifest, Weights
 from fedkit.work import Parts, Steps, Update
 
