@@ -141,7 +141,7 @@ class InMemoryFederation:
                 evaluate=evaluate,
                 privacy=privacy,
                 shield=shield_for(strategy, privacy.dp, self._count),
-                sharing=sharing_for(strategy, self.task, privacy, self._count),
+                sharing=sharing_for(strategy, self.task, privacy),
                 min_clients=self._count,
             )
             return asyncio.run(conduct(plan, self.transport, self.journal))

@@ -144,7 +144,7 @@ class Runs:
             evaluate=file.evaluate,
             privacy=file.privacy,
             shield=shield_for(strategy, file.privacy.dp, _min_clients(file, strategy)),
-            sharing=sharing_for(strategy, task, file.privacy, _min_clients(file, strategy)),
+            sharing=sharing_for(strategy, task, file.privacy),
             min_clients=_min_clients(file, strategy),
             on_round=functools.partial(self._committed, live),
         )

@@ -28,24 +28,26 @@ from fedkit.work import Gradient, Parts, Steps, Summarize
 
 __all__ = ["Sharing", "part_of", "planned_for", "require_shared"]
 
-_BITS = range(30, 7, -1)
+_LEAST_BITS = 8
+_MOST_BITS = 30  # of a sum of many rows' gradients
+_BITS_OF_CLIENTS = 20  # for up to some thousand clients, so that all rounds have one grid, and one price
 
 
 # -- at the coordinator ------------------------------------------------------------------------------------------------
 
 
 class Sharing:
-    """Implements `fedkit.rounds.shield.Sharing`: one run over at most `clients`, each of which trains `visits` times.
+    """Implements `fedkit.rounds.shield.Sharing` for one run, in which each client trains `visits` times at most.
 
     `questions` about the data come before (1 where preprocessing asks for statistics): each client noises its answers
     by itself, and the rest of epsilon is for what they share.
     """
 
-    def __init__(self, privacy: Privacy, visits: int, questions: int, clients: int) -> None:
+    def __init__(self, privacy: Privacy, visits: int, questions: int) -> None:
         if privacy.dp is None:
             raise ConfigError("noise is shared under differential privacy: give dp")
         self._privacy, self._dp = privacy, privacy.dp
-        self._visits, self._questions, self._clients = visits, questions, clients
+        self._visits, self._questions = visits, questions
 
     def of_rows(self, size: int, cohort: int, rate: float, rows: float) -> Layout:
         """The layout of a sum of clipped gradients, each element clamped to a clip times the rows drawn on average.
@@ -54,14 +56,14 @@ class Sharing:
         """
         norm = self._dp.max_grad_norm
         clip = min(norm, self._privacy.clip) * max(rate * rows, 1.0)
-        return _finest(self._privacy, size, cohort, clip, norm, rate, self._visits, self._questions)
+        noise = (norm, rate, self._visits, self._questions)
+        return _finest(self._privacy, size, cohort, clip, *noise, most_bits=_MOST_BITS)
 
     def of_clients(self, size: int, cohort: int) -> Layout:
-        """The layout of a sum of clipped updates. Its noise is planned for all clients, whose grid is the coarsest."""
+        """The layout of a sum of clipped updates; raises `ConfigError`."""
         norm = self._dp.max_update_norm
-        most = max(self._clients, cohort)
-        found = _finest(self._privacy, size, most, min(norm, self._privacy.clip), norm, 1.0, self._visits, 0)
-        return found if cohort == most else replace(found, cohort=cohort)
+        noise = (norm, 1.0, self._visits, 0)
+        return _finest(self._privacy, size, cohort, min(norm, self._privacy.clip), *noise, most_bits=_BITS_OF_CLIENTS)
 
     def epsilon(self, layout: Layout, releases: int) -> float:
         """What so many sums have cost a client that had a part in each; raises `RunError` beyond the run's epsilon."""
@@ -76,13 +78,22 @@ class Sharing:
 
 @functools.lru_cache(maxsize=64)
 def _finest(
-    privacy: Privacy, size: int, cohort: int, clip: float, norm: float, rate: float, visits: int, questions: int
+    privacy: Privacy,
+    size: int,
+    cohort: int,
+    clip: float,
+    norm: float,
+    rate: float,
+    visits: int,
+    questions: int,
+    *,
+    most_bits: int,
 ) -> Layout:
     """The layout of the finest grid on which the ring has room for values and noise; raises `ConfigError`."""
     why = ConfigError(f"shared noise of {cohort} clients does not fit the ring with {privacy.bits} bits: take fewer")
     assert privacy.dp is not None  # whoever shares noise has it
     dp = privacy.dp
-    for bits in _BITS if privacy.bits is None else [privacy.bits]:
+    for bits in range(most_bits, _LEAST_BITS - 1, -1) if privacy.bits is None else [privacy.bits]:
         parts = Parts(cohort, dp.dropouts, dp.colluders, norm / clip * 2.0 ** (bits - 1), size)
         if cohort << (bits - 1) >= 1 << 31:
             continue

@@ -98,13 +98,13 @@ def shield_for(strategy: Strategy, dp: DP | None, clients: int) -> ClientLevel |
     return shield
 
 
-def sharing_for(strategy: Strategy, task: Task, privacy: Privacy, clients: int) -> Sharing | None:
+def sharing_for(strategy: Strategy, task: Task, privacy: Privacy) -> Sharing | None:
     """What plans the noise that clients share in a run, where that was asked for."""
     dp = privacy.dp
     if dp is None or dp.noise == "local":
         return None
     visits = strategy.visits if dp.level == "example" else strategy.rounds
-    return Sharing(privacy, visits, int(task.prepare is not None), clients)
+    return Sharing(privacy, visits, int(task.prepare is not None))
 
 
 def require_private(strategy: Strategy, task: Task, module: nn.Module, dp: DP) -> None:

@@ -82,7 +82,7 @@ def simulate(
                 evaluate=evaluate,
                 privacy=privacy,
                 shield=shield,
-                sharing=sharing_for(strategy, task, privacy, len(names)),
+                sharing=sharing_for(strategy, task, privacy),
                 min_clients=len(names),
                 on_round=observer,
             )

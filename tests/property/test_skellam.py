@@ -179,7 +179,7 @@ def test_steps_come_back_from_what_is_written_of_them() -> None:
 @given(st.integers(3, 200), st.integers(1, 1_000_000), st.floats(0.001, 1.0), st.sampled_from([1.0, 8.0]))
 def test_a_plan_fits_the_ring_and_keeps_to_epsilon(cohort: int, size: int, rate: float, epsilon: float) -> None:
     dp = DP(epsilon=epsilon, delta=1e-5, noise="shared", dropouts=(cohort - 2) // 4, colluders=min(cohort // 10, 5))
-    layout = Sharing(Privacy(dp=dp, aggregation="masked"), 1, 0, cohort).of_rows(size, cohort, rate, 2000.0)
+    layout = Sharing(Privacy(dp=dp, aggregation="masked"), 1, 0).of_rows(size, cohort, rate, 2000.0)
     assert layout.parts is not None
     assert layout.noise is not None
     spread = math.sqrt(2.0 * layout.noise_rate * cohort)
