@@ -87,9 +87,7 @@ def test_it_is_above_the_claim_where_nothing_is_clipped(monkeypatch: pytest.Monk
 
 def test_it_is_above_the_claim_where_the_accounting_forgets_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise for one step, and 36 are taken: six times the signal of the claim."""
-    monkeypatch.setattr(
-        "fedkit.privacy.plan.noise_for", lambda e, d, q, count, before: accounting.noise_for(e, d, q, 1)
-    )
+    monkeypatch.setattr("fedkit.privacy.plan.noise_for", lambda e, d, q, count, *_: accounting.noise_for(e, d, q, 1))
     assert canaries(plan_of(36), DELTA).epsilon > CLAIM
 
 
