@@ -37,6 +37,7 @@ from fedkit.protos.failures import meant
 from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, Calls
 from fedkit.rounds.assignment import Assignment
 from fedkit.rounds.layout import Layout
+from fedkit.rounds.sealing import Letters, answered_box
 from fedkit.rounds.seat import Cover
 from fedkit.trust.diagnosis import diagnose
 from fedkit.trust.identity import Identity
@@ -333,7 +334,8 @@ class Agent:
         cover, seat = await self._cover(message, assignment)
         async with self._trainers.place() as perform:
             fetched = await self._fetch(errand) if message.model_bytes else None
-            job, report = self._job(message, fetched, cover), functools.partial(self._report, message.id)
+            letters = await self._permits.letters(message, assignment, fetched)
+            job, report = self._job(message, fetched, cover, letters), functools.partial(self._report, message.id)
             performing = perform(job, report, functools.partial(self._reserve, assignment, message.task))
             outcome = await self._permits.during(performing)
         is_noised = assignment.is_noised
@@ -369,14 +371,19 @@ class Agent:
         return {}
 
     async def _reply(self, assignment: Assignment) -> None:
-        """One step of a secure sum in which nothing is worked out: its answer is stored with what it leaves."""
-        seat, masking = self._permits.seat(), assignment.masking
-        assert masking is not None  # it is asked for a reply
-        secret = await self._made_key(assignment.id, masking.layout) if masking.step == "deliver" else None
-        reply, left = await asyncio.to_thread(seat.reply, assignment, self._outbox.seat(masking.call), secret)
+        """One step of a protocol in which nothing is worked out: its answer is stored with what it leaves."""
+        masking = assignment.masking
+        given: dict[str, Any] = {}
+        if masking is None:
+            reply = answered_box(assignment, self._permits.box())
+        else:
+            seat = self._permits.seat()
+            secret = await self._made_key(assignment.id, masking.layout) if masking.step == "deliver" else None
+            reply, left = await asyncio.to_thread(seat.reply, assignment, self._outbox.seat(masking.call), secret)
+            given = {"seat": (masking.call, left), "vow": seat.vow(assignment, left)}
         text = base64.b64encode(reply.message).decode()
         stored = Stored(assignment.id, assignment.run, 0, sums=[text], kind="reply")
-        self._outbox.put(stored, has_state=False, seat=(masking.call, left), vow=seat.vow(assignment, left))
+        self._outbox.put(stored, has_state=False, **given)
 
     async def _made_key(self, key: str, layout: Layout) -> SecretKey:
         """A key for an encrypted sum, made where native code may crash."""
@@ -400,7 +407,9 @@ class Agent:
             log.info("sum opened", client=self._settings.name, **seat.facts(assignment, left))
         return cover, (masking.call, left)
 
-    def _job(self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None, cover: Cover | None) -> Job:
+    def _job(
+        self, message: pb.Assignment, fetched: tuple[Path, Manifest] | None, cover: Cover | None, letters: Letters
+    ) -> Job:
         return Job(
             id=message.id,
             assignment=message.SerializeToString(),
@@ -410,6 +419,7 @@ class Agent:
             spare=self._outbox.spare,
             out_state=self._outbox.state_path(message.id),
             cover=cover,
+            letters=letters,
         )
 
     def _log_failure(self, message: pb.Assignment, outcome: dict[str, Any]) -> None:

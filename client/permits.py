@@ -6,14 +6,17 @@ import asyncio
 import datetime as dt
 import math
 from collections.abc import Awaitable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
 from blake3 import blake3
 
+from fedkit.client.parcels import fetched_parcel
 from fedkit.client.roster import KnownRoster
 from fedkit.client.surroundings import Surroundings, objections_to_moment
 from fedkit.client.visits import Visit, Visits
+from fedkit.crypto.box import Box
 from fedkit.errors import Reason, Refused
 from fedkit.policy import Objection, Policy, Wish, kind_of, refuse
 from fedkit.privacy.ledger import WHOLE_CLIENT, Budget, Ledger, Reservation
@@ -21,10 +24,12 @@ from fedkit.privacy.shared import planned_for
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.convert import vouchers_from_proto
 from fedkit.rounds.assignment import Assignment
+from fedkit.rounds.sealing import Letters, letters_for
 from fedkit.rounds.seat import Seat
 from fedkit.source import source_of
 from fedkit.task import Task
 from fedkit.trust.vouchers import vouched
+from fedkit.weights import Manifest
 from fedkit.work import Evaluate, Steps, Work, counts_rows
 
 __all__ = ["Permits", "objections_to_code"]
@@ -78,11 +83,12 @@ class Permits:
             task=task,
             strategy=message.strategy,
             work=assignment.work,
-            returns=assignment.returns,
+            returns=assignment.returns if assignment.sealing is None else "weights",  # a box key belongs to a hop
             aggregation=aggregation,
             cohort=self._cohort(message),
             private=assignment.private is not None,
             colluders=_colluders(assignment),
+            sealed=assignment.sealing is not None,
         )
         refuse(
             [
@@ -97,6 +103,8 @@ class Permits:
         """How the answer is really added up: to do it in secret takes this side, not a coordinator's word."""
         masking = assignment.masking
         said, found = message.aggregation or "plain", "plain" if masking is None else masking.layout.scheme
+        if assignment.sealing is not None:
+            return said  # a sealed model is not added up, and nobody but its recipients reads it
         if said != found:
             raise Refused(Reason.POLICY, f"aggregation: the run is said to be {said:.20}, and this answer is {found}")
         if masking is not None:
@@ -113,6 +121,18 @@ class Permits:
                 Reason.MASKING, "secure aggregation is over members of this site's roster: give --roster, --identity"
             )
         return found
+
+    def box(self) -> Box | None:
+        """This site's box for sealed models; None where it cannot have one."""
+        return self._roster.box()
+
+    async def letters(
+        self, message: pb.Assignment, assignment: Assignment, fetched: tuple[Path, Manifest] | None
+    ) -> Letters:
+        """What the work takes to open and seal models; raises `Refused` for what this site does not open, or seal."""
+        if assignment.sealing is None and (fetched is None or not fetched[1].is_sealed):
+            return Letters()
+        return await asyncio.to_thread(letters_for, assignment, fetched_parcel(message, fetched), self.box())
 
     def _cohort(self, message: pb.Assignment) -> int | None:
         """The members asked together, this site among them, by what its own roster says of their vouchers."""

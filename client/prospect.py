@@ -78,7 +78,8 @@ def prospect(described: pb.RunDescription, policy: Policy, tasks: Mapping[str, T
     for wish in _wishes(file, strategy, task, aggregation, least):
         objections = [*policy.objections(wish), *objections_to_code(policy, task, source, wish.work)]
         noise = _noise(file.privacy.dp) if wish.returns != "sums" or wish.private else ""
-        found.append(Request(wish.kind, f"{_words(wish.work)}{noise}", tuple(objections)))
+        sealed = ", and to seal the model" if wish.sealed else ""
+        found.append(Request(wish.kind, f"{_words(wish.work)}{noise}{sealed}", tuple(objections)))
     return Prospect(file, described.state, clients, aggregation, task is not None, tuple(found))
 
 
@@ -90,9 +91,9 @@ def _wishes(file: RunFile, strategy: Strategy, task: Task | None, aggregation: s
         cohort = 1  # nobody is told who else was drawn
 
     def wish(work: Work, returns: Returns, count: int, *, noised: bool = private) -> Wish:
-        about = (str(file.run.task), str(file.strategy["name"]))
+        about = (str(file.run.task), str(file.strategy["name"]), work, returns, aggregation, count)
         shared = colluders if isinstance(work, Fit | Gradient) else None
-        return Wish(*about, work, returns, aggregation, count, private=noised, colluders=shared)
+        return Wish(*about, private=noised, colluders=shared, sealed=file.privacy.sealed and returns == "weights")
 
     if task is not None and task.prepare is not None:
         yield wish(Summarize(query=task.prepare.query), "sums", clients)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedkit.crypto.box import Box
 from fedkit.errors import Reason, Refused
 from fedkit.rounds.seat import Seat
 from fedkit.trust.roster import Chain, Version
@@ -62,6 +63,13 @@ class KnownRoster:
         if known is None or self._key is None or known.members.get(self.name) != public_of(self._key):
             return None
         return Seat(self.name, self._key, lambda: known.members, least)
+
+    def box(self) -> Box | None:
+        """Where models are sealed for this site; None where it is no member, or has no key here."""
+        known = self.version
+        if known is None or self._key is None or known.members.get(self.name) != public_of(self._key):
+            return None
+        return Box(self.name, self._key, lambda: known.members)
 
     def voucher(self, *, fresh: bool = False) -> Voucher | None:
         """This site's word that it attends, where it is a member; None while half the last one's time is left.

@@ -19,6 +19,7 @@ import structlog
 from fedkit.client.nursery import Nursery
 from fedkit.crypto.chunks import Scheme
 from fedkit.errors import Reason, Refused
+from fedkit.rounds.sealing import Letters
 from fedkit.rounds.seat import Cover
 from fedkit.weights import Manifest
 
@@ -46,6 +47,7 @@ class Job:
     spare: Path  # may be there, and may be made into `out`
     out_state: Path
     cover: Cover | None = None  # that goes on the answer, or opens the sum
+    letters: Letters = Letters()  # for what is sealed
 
     def message(self, known: set[str]) -> dict[str, Any]:
         """The job as a worker reads it that has seen the manifests with the digests `known`; adds its own to them."""
@@ -54,6 +56,7 @@ class Job:
         found |= {"out": str(self.out), "spare": str(self.spare), "out_state": str(self.out_state)}
         if self.cover is not None:
             found["cover"] = [[base64.b64encode(one).decode() for one in some] for some in self.cover.secrets]
+        found["letters"] = self.letters.to_dict()
         if self.model is not None:
             path, manifest = self.model
             found |= {"model": str(path), "manifest_digest": manifest.digest}

@@ -10,7 +10,6 @@ import base64
 import contextlib
 import dataclasses
 import json
-import mmap
 import os
 import queue
 import socket
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedkit.client.parcels import fetched_parcel
 from fedkit.codec import CHUNK_BYTES
 from fedkit.crypto.chunks import Scheme
 from fedkit.crypto.encrypted import SecretKey
@@ -40,11 +40,12 @@ from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import convert
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.rounds.layout import Layout
+from fedkit.rounds.sealing import Letters
 from fedkit.rounds.seat import Cover, Key, cover_from
 from fedkit.spool import payload_digest
 from fedkit.task import Task
 from fedkit.trainer.trainer import ClientState, Trainer
-from fedkit.weights import Manifest, Vector, Weights
+from fedkit.weights import Manifest
 from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Reply, Update
 
 __all__ = ["Outfit", "read_message", "work", "write_message"]
@@ -149,6 +150,8 @@ class _Worker:
         parcel = self._parcel(job, message)
         if assignment.masking is not None and assignment.masking.step == "open":
             return _opened(job, assignment, assignment.masking.layout, parcel)
+        letters = Letters.from_dict(job["letters"])
+        parcel = letters.open(parcel)
         self._watch(0, 0)
         trainer, policy = self._trainer(message), self._outfit.policy
         plan, private = None, assignment.private
@@ -160,7 +163,7 @@ class _Worker:
         noisy: dict[str, Any] = {} if plan is None else {"private": plan.training, "question": plan.cost}
         answer, after = trainer.perform(assignment, parcel, state, **noisy)
         allowed = _allowed(policy, trainer, assignment, parcel, answer)
-        answer = _covered(job, assignment, allowed)
+        answer = letters.close(_covered(job, assignment, allowed))
         with contextlib.suppress(FileNotFoundError):
             os.replace(job["spare"], job["out"])
         manifest = assignment.answer_manifest(parcel.model.manifest)
@@ -187,12 +190,11 @@ class _Worker:
 
     def _parcel(self, job: dict[str, Any], message: pb.Assignment) -> Parcel:
         if job["model"] is None:
-            return Parcel(Weights.zeros(Manifest(())))
+            return fetched_parcel(message, None)
         if "manifest" in job:
             self._manifests[job["manifest_digest"]] = Manifest.from_json(job["manifest"])
         manifest = self._manifests[job["manifest_digest"]]
-        extras = convert.extras_from_proto(message.extras, manifest.size)
-        return _read_parcel(job["model"], manifest, extras)
+        return fetched_parcel(message, (job["model"], manifest))
 
     def _trainer(self, message: pb.Assignment) -> Trainer:
         key = (message.run, message.task, message.seed, message.holds_out_valid)  # all that a trainer is made from
@@ -275,23 +277,6 @@ def _allowed(policy: Policy, trainer: Trainer, assignment: Assignment, parcel: P
 def _shows(policy: Policy, trainer: Trainer, client: str, work: Evaluate) -> bool:
     """Whether this site's own scores on those rows may be shown."""
     return policy.metrics_per_client and policy.releases(trainer.smallest_class(client, work))
-
-
-def _read_parcel(path: str, manifest: Manifest, extras: Mapping[str, int]) -> Parcel:
-    values = _mapped(path)
-    found: dict[str, Vector] = {}
-    start = manifest.size
-    for name, size in extras.items():
-        found[name] = values[start : start + size]
-        start += size
-    return Parcel(Weights(manifest, values[: manifest.size]), found)
-
-
-def _mapped(path: str) -> Vector:
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return np.zeros(0, np.float32)
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype="<f4")
 
 
 def _written(assignment: Assignment, answer: Answer, manifest: Manifest, out: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from fedkit.weights import Manifest, Weights
 from fedkit.work import Evaluate, Fit, Gradient, Summarize
 
 if TYPE_CHECKING:
+    from fedkit.crypto.box import Owner
+    from fedkit.crypto.sealing import SealedModel
     from fedkit.remote import connect
     from fedkit.result import Result
     from fedkit.rounds.journal import RoundRecord
@@ -36,10 +38,12 @@ __all__ = [
     "LabelCounts",
     "Manifest",
     "Moments",
+    "Owner",
     "Participation",
     "Privacy",
     "Result",
     "RoundRecord",
+    "SealedModel",
     "Settings",
     "Site",
     "Standardize",
@@ -54,8 +58,10 @@ __all__ = [
 
 # What runs things is loaded when it is first used, so that describing a task or a strategy stays quick.
 _LATER = {
+    "Owner": "fedkit.crypto.box",
     "Result": "fedkit.result",
     "RoundRecord": "fedkit.rounds.journal",
+    "SealedModel": "fedkit.crypto.sealing",
     "connect": "fedkit.remote",
     "simulate": "fedkit.simulation",
 }

@@ -247,6 +247,18 @@ class Privacy(Settings):
     aggregation: Literal["plain", "masked", "bfv", "ckks"] | None = None
     clip: PositiveFloat = 16.0
     bits: Annotated[int, Field(ge=8, le=24)] | None = None
+    sealed: bool = False
+    owner: Name | None = None
+    owner_box: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){1,1000}$")] | None = None
+
+    def __post_init__(self) -> None:
+        """Only what is sealed has an owner."""
+        if self.owner is not None and not self.sealed:
+            raise ValueError(
+                "owner has a meaning with sealed=True alone: whoever runs the coordinator reads other models"
+            )
+        if self.owner_box is not None and self.owner is None:
+            raise ValueError("owner_box is the key of an owner, and none is named")
 
 
 class Evaluation(Settings):

@@ -7,6 +7,7 @@ FedkitError
 ├── TaskError              a task cannot be trained, evaluated or prepared as described
 │   ├── DataError          a client's data set does not fit the task
 │   └── MetricNotSummable  a metric keeps raw predictions instead of sums
+├── ModelSealed            a model is sealed, and was to be read where nobody can
 ├── ManifestMismatch       two models, or a model and a module, do not hold the same tensors
 ├── PayloadError           bytes that claim to be a model are refused
 ├── StorageError           a file or database that must be durable cannot be written or read
@@ -44,6 +45,7 @@ __all__ = [
     "IncompatibleStrategy",
     "ManifestMismatch",
     "MetricNotSummable",
+    "ModelSealed",
     "NameTaken",
     "NoSuchRun",
     "NonDeterministicStrategy",
@@ -98,6 +100,10 @@ class ManifestMismatch(FedkitError):
     """Two models, or a model and a module, do not hold the same tensors."""
 
 
+class ModelSealed(FedkitError):
+    """A sealed model was to be computed with, or read, where it can only be passed on."""
+
+
 class PayloadError(FedkitError):
     """Bytes that claim to be a model are refused before they are used."""
 
@@ -132,7 +138,7 @@ class Reason(enum.StrEnum):
     PRIVACY = "privacy"  # it would cost more privacy than the site's budget has left
     PAYLOAD = "payload"  # the bytes are not those that were announced
     MASKING = "masking"  # the masking protocol does not allow it: a lie, a mistake, or too few members
-    ENCRYPTION = "encryption"  # the key ceremony, or the rule on opening encrypted sums, does not allow it
+    ENCRYPTION = "encryption"  # what encrypts sums or sealed models does not allow it: keys, recipients, what came
     CANCELLED = "cancelled"  # it was called off while under way
 
 

@@ -20,6 +20,7 @@ Limit: TypeAlias = Literal["max_norm", "max_ratio", "max_drop"]
 BEFORE = "hop/before"  # the extra vector that brings the model before along with a hop's
 VERDICT = "hop/verdict"  # the extra vector in which the client says what it made of the hop before
 _LIMITS: tuple[Limit | None, ...] = (None, "max_norm", "max_ratio", "max_drop")
+_UNTOLD = -1.0  # in place of a norm
 _BLOCK = 1 << 16  # elements that are compared at a time
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -76,7 +77,8 @@ class Gate(Settings):
 class Verdict:
     """What a client made of the hop before: the limit that was `broken`, if any, and the numbers it tells.
 
-    `norm` is that of the change; `scores` are those of the model before and of this one, where the site releases them.
+    `norm` is that of the change, below 0 where it is not told; `scores` are those of the model before and of this one,
+    where the site releases them.
     """
 
     broken: Limit | None
@@ -92,6 +94,12 @@ class Verdict:
     def without_scores(extra: Mapping[str, Vector]) -> dict[str, Vector]:
         """An answer's extra vectors as a site sends them that does not release its scores."""
         return {name: vector[:2] if name == VERDICT else vector for name, vector in extra.items()}
+
+    @staticmethod
+    def without_numbers(extra: Mapping[str, Vector]) -> dict[str, Vector]:
+        """An answer's extra vectors as they travel beside a sealed model, of which numbers would tell something."""
+        untold = np.array([_UNTOLD], dtype=np.float32)
+        return {name: np.append(vector[:1], untold) if name == VERDICT else vector for name, vector in extra.items()}
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Vector], gate: Gate) -> Verdict:
@@ -110,6 +118,8 @@ class Verdict:
         if self.broken == "max_drop":
             told = "got worse" if self.scores is None else f"went from {self.scores[0]:.4g} to {self.scores[1]:.4g}"
             return f"its {gate.scored} on validation data {told}, max_drop is {gate.max_drop:g}"
+        if self.norm < 0.0:
+            return f"the change is above {self.broken}, {getattr(gate, self.broken):g}"
         if self.broken == "max_ratio":
             return f"the change has norm {self.norm:.4g}, max_ratio to the model before is {gate.max_ratio:g}"
         return f"the change has norm {self.norm:.4g}, max_norm is {gate.max_norm:g}"

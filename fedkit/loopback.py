@@ -14,9 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, TYPE_CHECKING, Self
 
 from fedkit.errors import RunError, Unreachable
+
+if TYPE_CHECKING:
+    from fedkit.crypto.box import Owner
 
 __all__ = ["Loopback"]
 
@@ -27,8 +30,8 @@ class Loopback:
     """One federation under `folder`: the state of each process, and its log under `logs/`.
 
     `tasks` are registered names or `module:attr`. With `tls` there is an authority, everybody enrols, and everything
-    is mutual TLS; with `roster`, the clients are members of one besides. Options are added to the command lines as they
-    are at each start. Use as a context manager: everything is stopped at its end.
+    is mutual TLS; with `roster`, the clients and the operator are members of one besides. Options are added to the
+    command lines as they are at each start. Use as a context manager: everything is stopped at its end.
     """
 
     def __init__(
@@ -70,6 +73,13 @@ class Loopback:
         """The folder of an operator's identity, for `fedkit.connect`; None without TLS."""
         return self.identity("operator") if self.tls else None
 
+    @property
+    def owner(self) -> Owner | None:
+        """The operator as the owner of sealed runs; None without a roster."""
+        from fedkit.crypto.box import Owner
+
+        return None if self.roster is None else Owner.load(self.identity("operator"), self.roster)
+
     def identity(self, name: str) -> Path:
         """The folder of a participant's identity."""
         return self.folder / "identities" / name
@@ -98,7 +108,7 @@ class Loopback:
         if self.roster is not None:
             from fedkit.trust.roster import agree
 
-            agree(self.roster, "loopback", {name: self.identity(name) for name in self.clients})
+            agree(self.roster, "loopback", {name: self.identity(name) for name in (*self.clients, "operator")})
 
     # -- beginning -----------------------------------------------------------------------------------------------------
 

@@ -68,6 +68,7 @@ class Wish:
     cohort: int | None = None
     private: bool = False
     colluders: int | None = None
+    sealed: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -116,7 +117,7 @@ class Policy(Settings):
     * `tasks`: those that may be worked on, by name; empty: all that the agent was started with.
     * `budgets`: the privacy that each data set may cost, by its id. Private training needs one.
     * `strategies`, `work`, `aggregation`: their names; `strategies` None: all. "plain" must be named, because
-      it shows the coordinator this site's updates; hops are plain.
+      it shows the coordinator this site's updates; hops are plain unless they are sealed.
     * `min_cohort`: of members of the roster, this site among them, that must be asked together. It does not bound a
       hop, which hands one site's model to the next: leave "hop" out of `work` to forbid that.
     * `shared_noise`: whether this site's answer may leave with only its part of the noise that hides it, in a masked
@@ -183,7 +184,8 @@ class Policy(Settings):
         yield from _unlisted("task", wish.task, tuple(self.tasks) or None)
         yield from _unlisted("strategy", wish.strategy, self.strategies)
         yield from _unlisted("work", wish.kind, self.work)
-        yield from _unlisted("aggregation", wish.aggregation, self.aggregation)
+        if not wish.sealed:
+            yield from _unlisted("aggregation", wish.aggregation, self.aggregation)
         yield from self._to_private(wish.task) if wish.private else self._to_exact(wish)
         if wish.colluders is not None:
             yield from self._to_shared(wish.colluders)

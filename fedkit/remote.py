@@ -23,6 +23,7 @@ from torch import nn
 from fedkit import codec, packing, registry
 from fedkit.codec import Decoder, Limits
 from fedkit.config import Evaluation, Privacy, parse
+from fedkit.crypto.box import Owner
 from fedkit.enrolment import renew
 from fedkit.errors import (
     ConfigError,
@@ -41,7 +42,7 @@ from fedkit.protos import tensors_pb2
 from fedkit.protos.channels import channel
 from fedkit.protos.failures import meant
 from fedkit.protos.wire import CHANNEL_OPTIONS, Calls, frame, unframe
-from fedkit.result import Result, trained, warn_of_failures
+from fedkit.result import Result, opened, trained, warn_of_failures
 from fedkit.rounds.conduct import Outcome
 from fedkit.rounds.journal import RoundRecord
 from fedkit.runfile import RunFile
@@ -143,6 +144,7 @@ class Coordinator:
         evaluate: Evaluation | None = None,
         privacy: Privacy | None = None,
         min_clients: int | None = None,
+        owner: Owner | None = None,
         progress: bool | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
     ) -> Result:
@@ -150,19 +152,19 @@ class Coordinator:
 
         Task and strategy travel by name and must be registered at the coordinator; `name` names the run (None: made
         up). Every round begins when `min_clients` are there (None: the quorum, else 2). Interrupted, it detaches: the
-        run goes on.
+        run goes on. The models of a sealed run are for its `owner`, without whom the result holds them sealed.
 
         Raises `ConfigError`, `TaskError`, `IncompatibleStrategy` before anything is trained, `RunFailed` where a round
         stays below its quorum, `RunCancelled`.
         """
         known = registry.find_task(task) if isinstance(task, str) else task
         given: dict[str, Any] = {"init": init, "evaluate": evaluate, "privacy": privacy, "min_clients": min_clients}
-        run = self.submit(task, strategy, name=name, seed=seed, **given)
+        run = self.submit(task, strategy, name=name, seed=seed, owner=owner, **given)
         try:
             with shown(strategy, progress, on_round) as watcher:
                 for record in self.watch(run, say=watcher.say):
                     watcher(record)
-            found = self._result(run, known, strategy)
+            found = self._result(run, known, strategy, owner)
         except KeyboardInterrupt:
             text = f'detached; {run} goes on at {self.address}. Look again: connect(...).result("{run}")'
             raise KeyboardInterrupt(f"{text}, or fedkit status {run}") from None
@@ -180,6 +182,7 @@ class Coordinator:
         evaluate: Evaluation | None = None,
         privacy: Privacy | None = None,
         min_clients: int | None = None,
+        owner: Owner | None = None,
     ) -> str:
         """Begins a run and returns its name; raises what `run` raises before anything is trained."""
         of, how = task if isinstance(task, str) else task.name, type(strategy).__name__
@@ -192,15 +195,18 @@ class Coordinator:
         file = parse(RunFile, values)
         start = _start(init, task)
         try:
-            return self.submit_file(file, start)
+            return self.submit_file(file, start, owner)
         except ConfigError as error:
             if how in registry.strategies() or "strategy" not in str(error):
                 raise
             raise type(error)(f"{error}\n{how} is not one of fedkit's own: {_REGISTER}") from None
 
-    def submit_file(self, file: RunFile, init: Weights | None = None) -> str:
-        """Begins the run of a run file, whose `[simulation]` stays here, and returns its name."""
-        name = file.run.name
+    def submit_file(self, file: RunFile, init: Weights | None = None, owner: Owner | None = None) -> str:
+        """Begins the run of a run file, whose `[simulation]` stays here, and returns its name.
+
+        `owner` is whom a sealed run's models are for.
+        """
+        name, file = file.run.name, file if owner is None else _owned(file, owner)
         taken = self._find(name)
         if taken is not None:
             raise NameTaken(f"there is a run {name!r} already ({taken.state}); give this one another name")
@@ -268,22 +274,32 @@ class Coordinator:
             except grpc.RpcError as error:
                 absence.bear(error)
 
-    def result(self, run: str, task: str | Task | None = None, strategy: Strategy | None = None) -> Result:
+    def result(
+        self,
+        run: str,
+        task: str | Task | None = None,
+        strategy: Strategy | None = None,
+        owner: Owner | None = None,
+    ) -> Result:
         """What a finished run gave; raises `RunError` while it goes on, or where it failed.
 
         `task` and `strategy` are the run's own where they are registered here too (None); raises `ConfigError` where
-        they are not.
+        they are not. The `owner` of a sealed run opens its models; raises `Refused` where they are not for it.
         """
-        found = self._result(run, task, strategy)
+        found = self._result(run, task, strategy, owner)
         warn_of_failures(found.outcome)
         return found
 
-    def _result(self, run: str, task: str | Task | None, strategy: Strategy | None) -> Result:
+    def _result(
+        self, run: str, task: str | Task | None, strategy: Strategy | None, owner: Owner | None = None
+    ) -> Result:
         status = self.status(run).runs[0]
         known = task if isinstance(task, Task) else registry.find_task(task or status.task)
         message = self._ask("fetch_outcome", pb.RunRequest(run=run))
         strategy = strategy or _strategy(status, message)
         outcome = self._outcome(run, message)
+        if owner is not None:
+            outcome = opened(outcome, owner.open)
         return Result(known, trained(strategy, outcome), status.seed, _seen(outcome), outcome)
 
     def _outcome(self, run: str, message: pb.Outcome) -> Outcome:
@@ -469,6 +485,16 @@ def _described(strategy: Strategy) -> dict[str, Any]:
         kept = ", ".join(strategy.state_dict())
         raise ConfigError(f"this {name} has state ({kept}) that does not travel: begin with a fresh one, and init=")
     return {"name": name, **settings}
+
+
+def _owned(file: RunFile, owner: Owner) -> RunFile:
+    """With the owner's name and box key; raises `ConfigError` where there is nothing to own, or another owner."""
+    privacy = file.privacy
+    if not privacy.sealed or privacy.owner not in (None, owner.name):
+        whose = f"names {privacy.owner} as its owner" if privacy.sealed else "is not sealed, and has no owner"
+        raise ConfigError(f"{file.run.name} {whose}: {owner.name} has no part in it")
+    box = owner.offer(file.run.name).to_bytes().hex()
+    return file.replace(privacy=privacy.replace(owner=owner.name, owner_box=box))
 
 
 def _start(init: Init, task: str | Task) -> Weights | None:

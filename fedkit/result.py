@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,15 @@ from fedkit.strategy import Strategy
 from fedkit.task import Task
 from fedkit.weights import Weights
 
-__all__ = ["Result", "trained", "warn_of_failures"]
+__all__ = ["Result", "opened", "trained", "warn_of_failures"]
+
+
+def opened(outcome: Outcome, open: Callable[[Weights], Weights]) -> Outcome:
+    """An outcome whose models somebody opens who can; plain ones stay as they are."""
+    best = outcome.best
+    if best is not None:
+        best = dataclasses.replace(best, weights=open(best.weights))
+    return dataclasses.replace(outcome, weights=open(outcome.weights), best=best)
 
 
 def trained(strategy: Strategy, outcome: Outcome) -> Strategy:
@@ -55,7 +63,8 @@ class Result:
 
     @property
     def weights(self) -> Weights:
-        """The final weights."""
+        """The final weights; raises `ModelSealed` where the run was sealed and its owner's key was not at hand."""
+        self.outcome.weights.manifest.require_readable()
         return self.outcome.weights
 
     @functools.cached_property
@@ -119,9 +128,12 @@ class Result:
         }
 
     def save(self, folder: Path | str) -> Path:
-        """Writes `run.json`, `model.fedkit` and, where there is a best round, `best.fedkit`; each file whole."""
+        """Writes `run.json`, `model.fedkit` and, where there is a best round, `best.fedkit`; each file whole.
+
+        Models that are sealed stay so: `fedkit open` opens them.
+        """
         folder = Path(folder)
-        codec.save(folder / "model.fedkit", self.weights)
+        codec.save(folder / "model.fedkit", self.outcome.weights)
         if self.outcome.best is not None:
             codec.save(folder / "best.fedkit", self.outcome.best.weights)
         text = json.dumps(self.to_dict(), indent=2) + "\n"

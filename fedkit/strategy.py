@@ -100,8 +100,13 @@ class Federation(Protocol):
         """Single updates as (client, update), as they come; raises `RoundAbandoned` below the quorum."""
         ...
 
-    async def hop(self, client: str, model: Weights, work: Fit, gate: Gate | None = None) -> Weights:
+    async def hop(
+        self, client: str, model: Weights, work: Fit, gate: Gate | None = None, then: Sequence[str] = ()
+    ) -> Weights:
         """The model after one visit; the model unchanged, and the skip on record, where the client cannot.
+
+        `then` says who comes next in this round, in order. Where hops are sealed, the model is sealed for the first
+        three of them, or, where they are fewer, for all of the round's clients; it is a `SealedModel`, to be passed on.
 
         With a gate, the client first judges the visit that made `model`, if it is one of a gated hop (`Handed`): where
         that does not keep to the gate, it trains from the model before, and that visit is undone, on record.

@@ -20,13 +20,14 @@ import torch
 from blake3 import blake3
 from torch import nn
 
-from fedkit.errors import CastWarning, ManifestMismatch, PayloadError, Reason, Refused
+from fedkit.errors import CastWarning, ManifestMismatch, ModelSealed, PayloadError, Reason, Refused
 
-__all__ = ["BLOCK", "Binding", "Entry", "Exchange", "Manifest", "Vector", "Weights", "require_plausible"]
+__all__ = ["BLOCK", "SEALED", "Binding", "Entry", "Exchange", "Manifest", "Vector", "Weights", "require_plausible"]
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 Exchange: TypeAlias = Callable[[str], bool]
 
+SEALED = "a sealed model"  # the one tensor of what stands for a model that is encrypted
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 MAX_NAME = 512
 MAX_TENSORS = 100_000
@@ -117,6 +118,19 @@ class Manifest:
             mask[self.slices[entry.name]] = entry.trainable
         return mask
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether what it announces is an encrypted model, as `fedkit.crypto.sealing` makes them."""
+        return len(self.entries) == 1 and self.entries[0].name == SEALED
+
+    def require_readable(self) -> None:
+        """Raises `ModelSealed` for a model that is encrypted."""
+        if self.is_sealed:
+            raise ModelSealed(
+                "this model is sealed: it can be passed on to the next site, and its values are not to be had here; "
+                "fedkit open gives them to those for whom it was sealed"
+            )
+
     def to_json(self) -> str:
         """The canonical text: the same manifest always gives the same characters."""
         rows = [[entry.name, list(entry.shape), entry.dtype, entry.trainable] for entry in self.entries]
@@ -204,6 +218,7 @@ class Weights:
 
     def norm(self) -> float:
         """The Euclidean norm, summed in float64 block by block."""
+        self.manifest.require_readable()
         total, scratch = 0.0, np.empty(min(BLOCK, self.manifest.size), dtype=np.float32)
         for start in range(0, self.manifest.size, BLOCK):
             block = self.block(start, scratch[: self.manifest.size - start]).astype(np.float64)
@@ -212,6 +227,8 @@ class Weights:
 
     def is_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
+        if self.manifest.is_sealed:
+            return True  # which was seen to where it was sealed
         with np.errstate(over="ignore", invalid="ignore"):
             square = np.dot(self.vector, self.vector)  # one fast pass; finite only if every element is
         return bool(np.isfinite(square)) or bool(np.isfinite(self.vector).all())
@@ -222,9 +239,11 @@ class Weights:
             yield entry.name, self[entry.name]
 
     def __getitem__(self, name: str) -> Vector:
+        self.manifest.require_readable()
         return self.vector[self.manifest.slices[name]].reshape(self.manifest.shapes[name])
 
     def _with(self, other: object, function: Callable[[Any, Any], Vector]) -> Weights:
+        self.manifest.require_readable()
         if isinstance(other, Weights):
             self.manifest.require(other.manifest)
             return self.with_vector(function(self.vector, other.vector))
@@ -254,12 +273,14 @@ class Weights:
         return self._with(other, np.divide)
 
     def __neg__(self) -> Weights:
+        self.manifest.require_readable()
         return self.with_vector(-self.vector)
 
     def __matmul__(self, other: Weights) -> float:
         if not isinstance(other, Weights):
             return NotImplemented
         self.manifest.require(other.manifest)
+        self.manifest.require_readable()
         return float(self.vector.astype(np.float64) @ other.vector.astype(np.float64))
 
     def __eq__(self, other: object) -> bool:
@@ -336,6 +357,7 @@ class Binding:
 
     def write(self, weights: Weights) -> None:
         """Copies `weights` into the module; raises `ManifestMismatch` before anything is changed."""
+        weights.manifest.require_readable()
         self.manifest.require(weights.manifest, "what was received")
         self.restore()
         if self._is_shared():

@@ -186,7 +186,7 @@ class Welcome(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., heartbeat_s: _Optional[float] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., roster: _Optional[str] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "manifest_digest", "extras", "settlement", "manifest", "roster_version", "roster_digest", "aggregation", "cohort", "private", "clip", "masking", "fit", "gradient", "evaluate", "summarize")
+    __slots__ = ("id", "run", "task", "strategy", "seed", "round", "returns", "holds_out_valid", "model_digest", "model_bytes", "manifest_digest", "extras", "settlement", "manifest", "roster_version", "roster_digest", "aggregation", "cohort", "private", "clip", "masking", "sealing", "fit", "gradient", "evaluate", "summarize")
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +208,7 @@ class Assignment(_message.Message):
     PRIVATE_FIELD_NUMBER: _ClassVar[int]
     CLIP_FIELD_NUMBER: _ClassVar[int]
     MASKING_FIELD_NUMBER: _ClassVar[int]
+    SEALING_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
@@ -233,11 +234,12 @@ class Assignment(_message.Message):
     private: Private
     clip: Clip
     masking: Masking
+    sealing: Sealing
     fit: Fit
     gradient: Gradient
     evaluate: Evaluate
     summarize: Summarize
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., private: _Optional[_Union[Private, _Mapping]] = ..., clip: _Optional[_Union[Clip, _Mapping]] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., strategy: _Optional[str] = ..., seed: _Optional[int] = ..., round: _Optional[int] = ..., returns: _Optional[_Union[Returns, str]] = ..., holds_out_valid: _Optional[bool] = ..., model_digest: _Optional[bytes] = ..., model_bytes: _Optional[int] = ..., manifest_digest: _Optional[bytes] = ..., extras: _Optional[_Iterable[_Union[_tensors_pb2.Extra, _Mapping]]] = ..., settlement: _Optional[_Union[Settlement, _Mapping]] = ..., manifest: _Optional[str] = ..., roster_version: _Optional[int] = ..., roster_digest: _Optional[bytes] = ..., aggregation: _Optional[str] = ..., cohort: _Optional[_Iterable[_Union[Voucher, _Mapping]]] = ..., private: _Optional[_Union[Private, _Mapping]] = ..., clip: _Optional[_Union[Clip, _Mapping]] = ..., masking: _Optional[_Union[Masking, _Mapping]] = ..., sealing: _Optional[_Union[Sealing, _Mapping]] = ..., fit: _Optional[_Union[Fit, _Mapping]] = ..., gradient: _Optional[_Union[Gradient, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., summarize: _Optional[_Union[Summarize, _Mapping]] = ...) -> None: ...
 
 class Private(_message.Message):
     __slots__ = ("epsilon", "noise_multiplier", "delta", "max_grad_norm", "visits", "questions", "noise", "dropouts", "colluders")
@@ -280,6 +282,14 @@ class Masking(_message.Message):
     layout: str
     message: bytes
     def __init__(self, call: _Optional[str] = ..., step: _Optional[str] = ..., layout: _Optional[str] = ..., message: _Optional[bytes] = ...) -> None: ...
+
+class Sealing(_message.Message):
+    __slots__ = ("boxes", "words")
+    BOXES_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
+    boxes: _containers.RepeatedScalarFieldContainer[bytes]
+    words: int
+    def __init__(self, boxes: _Optional[_Iterable[bytes]] = ..., words: _Optional[int] = ...) -> None: ...
 
 class Fit(_message.Message):
     __slots__ = ("epochs", "steps", "batch_size", "lr", "proximal", "control_variates", "mixed_precision", "gate")

@@ -13,11 +13,22 @@ from fedkit import config
 from fedkit.codec import Header as CodecHeader
 from fedkit.codec import Limits
 from fedkit.config import DP, NAME, parse
+from fedkit.crypto.ceremony import BoxKey
 from fedkit.errors import ConfigError, PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
 from fedkit.queries import Histogram, LabelCounts, Moments, Query, RowCount
-from fedkit.rounds.assignment import WORDS_STEPS, Assignment, Clip, Masking, MaskStep, Parcel, Private, Returns
+from fedkit.rounds.assignment import (
+    WORDS_STEPS,
+    Assignment,
+    Clip,
+    Masking,
+    MaskStep,
+    Parcel,
+    Private,
+    Returns,
+    Sealing,
+)
 from fedkit.rounds.layout import Layout
 from fedkit.trust.vouchers import Voucher
 from fedkit.weights import Manifest
@@ -126,6 +137,9 @@ def assignment_to_proto(
         layout = masking.layout.to_json()
         asked = pb.Masking(call=masking.call, step=masking.step, layout=layout, message=masking.message)
         message.masking.CopyFrom(asked)
+    if assignment.sealing is not None:
+        boxes = [one.to_bytes() for one in assignment.sealing.boxes]
+        message.sealing.CopyFrom(pb.Sealing(boxes=boxes, words=assignment.sealing.words))
     return message
 
 
@@ -174,11 +188,12 @@ def assignment_from_proto(message: pb.Assignment, client: str) -> Assignment:
     except ConfigError as error:
         raise PayloadError(f"assignment {message.id}: {error}") from None
     about = (message.id, message.run, message.seed, message.round, client, work, returns)
-    return Assignment(*about, private=private, clip=clip, masking=masking)
+    return Assignment(*about, private=private, clip=clip, masking=masking, sealing=_sealing(message))
 
 
 def _masking(message: pb.Assignment) -> Masking | None:
-    if message.HasField("masking") != (message.returns in (pb.WORDS, pb.REPLY)):
+    is_box = message.returns == pb.REPLY and message.HasField("sealing")
+    if message.HasField("masking") != (message.returns in (pb.WORDS, pb.REPLY) and not is_box):
         raise PayloadError(f"assignment {message.id}: words and replies belong to secure sums")
     if not message.HasField("masking"):
         return None
@@ -187,6 +202,15 @@ def _masking(message: pb.Assignment) -> Masking | None:
     if step is None or (step in WORDS_STEPS) != (message.returns == pb.WORDS) or not _ID.fullmatch(found.call):
         raise PayloadError(f"assignment {message.id}: there is no such step of a secure sum")
     return Masking(found.call, step, Layout.from_json(found.layout), found.message)
+
+
+def _sealing(message: pb.Assignment) -> Sealing | None:
+    if not message.HasField("sealing"):
+        return None
+    boxes, words = tuple(map(BoxKey.from_bytes, message.sealing.boxes)), int(message.sealing.words)
+    if (message.returns, bool(boxes), bool(words)) not in ((pb.WEIGHTS, True, True), (pb.REPLY, False, False)):
+        raise PayloadError(f"assignment {message.id}: what is sealed is the model after a hop, for somebody")
+    return Sealing(boxes, words)
 
 
 def _clip(message: pb.Assignment) -> Clip | None:

@@ -134,7 +134,8 @@ class Errand:
 
     def _intake(self, manifest_digest: str, due: int, digest: bytes) -> Intake:
         """Small answers stay in memory as long as there is room, unless a file has a part of them."""
-        plausible = self.assignment.returns != "words"  # of masked words, any is as good as any other
+        is_opaque = self.assignment.returns == "words" or self._manifest.is_sealed
+        plausible = not is_opaque  # of masked or sealed words, any is as good as any other
         if due <= _STASHED_BYTES and not Spool.is_begun(self._path) and self._room.take(due):
             return Stash(self._path, manifest_digest, due, digest, self._room, plausible=plausible)
         return Spool(self._path, manifest_digest, due, digest, plausible=plausible, spares=self._spares)

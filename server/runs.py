@@ -118,7 +118,8 @@ class Runs:
     def _settled(self, file: RunFile, strategy: Strategy, task: Task, fresh: nn.Module) -> RunFile:
         """The run file with the aggregation that it leaves to this federation."""
         roster = self._attendance.roster
-        about = (file.privacy, _min_clients(file, strategy), 0 if roster is None else len(roster.members))
+        members = 0 if roster is None else len(roster.members) - (file.privacy.owner_box is not None)
+        about = (file.privacy, _min_clients(file, strategy), members)
         return file.replace(privacy=with_aggregation(strategy, task, fresh, *about))
 
     def _task(self, file: RunFile) -> Task:

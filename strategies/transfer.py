@@ -52,8 +52,9 @@ class _WeightTransfer(Strategy):
     async def round(self, federation: Federation, model: Weights) -> Weights:
         """Hop after hop."""
         model = self.taken_up(model)
-        for client in self.order(federation):
-            model = await federation.hop(client, model, self.local, gate=self.gate)
+        order = self.order(federation)
+        for i, client in enumerate(order, 1):
+            model = await federation.hop(client, model, self.local, gate=self.gate, then=order[i:])
         if isinstance(model, Handed):
             self.last = {"before": model.before, "by": model.by}
         return model

@@ -9,9 +9,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedkit import deploy
+from fedkit import codec, deploy
 from fedkit.cli import show
 from fedkit.config import Privacy
+from fedkit.crypto.box import Owner
+from fedkit.crypto.sealing import SealedModel
 from fedkit.demo import compare, plot
 from fedkit.demo.compare import Row
 from fedkit.demo.heart import HOSPITALS, load, task
@@ -19,8 +21,9 @@ from fedkit.loopback import Loopback
 from fedkit.remote import Coordinator, connect
 from fedkit.result import Result
 from fedkit.rounds.layout import Secrecy
+from fedkit.weights import Weights
 
-__all__ = ["demonstrated", "demonstrated_privately", "demonstrated_securely"]
+__all__ = ["demonstrated", "demonstrated_privately", "demonstrated_sealed", "demonstrated_securely"]
 
 _SEEN: dict[Secrecy, str] = {
     "masked": "Masked, the coordinator has seen no update, score or statistic of one hospital, only sums of four.",
@@ -113,12 +116,64 @@ def _trained_with(privacy: Privacy, seed: int, as_json: bool, coordinator: Coord
 
 
 def _secure_facts(result: Result) -> dict[str, float]:
+    return _cost_facts(result) | {"scores_of_one_hospital": len(result.test_per_client)}
+
+
+def demonstrated_sealed(out: Path, seed: int, *, in_process: bool, as_json: bool) -> None:
+    """Weight transfer between the hospitals as it is, then sealed: the same bits, and what the coordinator keeps."""
+    began = time.monotonic()
+    if not as_json:
+        _introduce()
+    results, keys, kept = {}, (out / "federation/identities/operator", out / "federation/roster.json"), None
+    with _federation(out, in_process, as_json, roster=True) as coordinator:
+        owner = None if coordinator is None else Owner.load(*keys)
+        for name in ("plain", "sealed"):
+            results[name] = _transferred(name, seed, as_json, coordinator, owner)
+        if coordinator is not None:
+            kept = coordinator.weights(coordinator.status().runs[0].name)
+            codec.save(out / "sealed.fedkit", kept)
+    facts = {name: _cost_facts(result) for name, result in results.items()}
+    is_same = results["plain"].weights == results["sealed"].weights
+    if as_json:
+        found = {"runs": facts, "same_bits": is_same, "is_kept_sealed": kept is not None and kept.manifest.is_sealed}
+        show.print_json(found | {"seconds": round(time.monotonic() - began, 1)})
+        return
+    _report_sealed(facts, is_same, out, kept)
+
+
+def _report_sealed(facts: dict[str, dict[str, float]], is_same: bool, out: Path, kept: Weights | None) -> None:
+    show.console.print(show.hops(facts))
+    show.say(
+        f"\nSealed or not, the model {'has the same bits' if is_same else 'should have the same bits, and has not'}."
+    )
+    show.say("Sealed, the coordinator has read the model it began with, and none that a hospital has trained.")
+    following = "read docs/sealed-hops.md for what that protects from, and what it does not"
+    if kept is not None:
+        sealed, folder = out / "sealed.fedkit", out / "federation"
+        show.say(f"{sealed} is the last one as the coordinator keeps it: {SealedModel.of(kept)!r}")
+        keys = f"--identity {folder / 'identities' / 'operator'} --roster {folder / 'roster.json'}"
+        following = f"fedkit open {sealed} {keys} --out {out / 'model.fedkit'}"
+    show.say(f"\nNext: {following}")
+
+
+def _transferred(name: str, seed: int, as_json: bool, coordinator: Coordinator | None, owner: Owner | None) -> Result:
+    strategy, privacy = (
+        compare.STRATEGIES["CyclicWeightTransfer"],
+        Privacy(aggregation="plain", sealed=name == "sealed"),
+    )
+    whose = owner if privacy.sealed else None
+    if as_json:
+        return compare.train(strategy, seed, None, coordinator, privacy, whose)
+    with show.rounds(f"CyclicWeightTransfer, {name}", strategy.rounds) as observe:
+        return compare.train(strategy, seed, observe, coordinator, privacy, whose)
+
+
+def _cost_facts(result: Result) -> dict[str, float]:
     return {
         "accuracy": result.test["accuracy"],
         "bytes_up": sum(record.bytes_up for record in result.history),
         "bytes_down": sum(record.bytes_down for record in result.history),
         "seconds": round(sum(record.seconds for record in result.history), 2),
-        "scores_of_one_hospital": len(result.test_per_client),
     }
 
 

@@ -89,13 +89,17 @@ def run(
         str | None, typer.Option(help="module:attr of the task, where it is not registered on this machine.")
     ] = None,
     identity: Identity = None,
+    roster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The roster; for the owner of a sealed run, with --identity.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a run file's task over the clients that attend a coordinator."""
     from fedkit.cli import networked
 
     with edge():
-        networked.begin(run_file, (coordinator, identity), task, out=out, detach=detach, as_json=as_json)
+        peer = (coordinator, identity)
+        networked.begin(run_file, peer, task, out=out, detach=detach, roster=roster, as_json=as_json)
 
 
 @app.command()
@@ -140,6 +144,31 @@ def models(
 
     with edge():
         networked.models(run, (coordinator, identity), out, which.value, as_json)
+
+
+@app.command("open")
+def unseal(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sealed model, as fedkit models --out keeps it.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the model goes.")],
+    roster: Annotated[
+        Path, typer.Option(metavar="ROSTER.json", help="The members' roster, which knows who sealed it.")
+    ],
+    identity: Annotated[
+        Path,
+        typer.Option(
+            "--identity",
+            envvar="FEDKIT_IDENTITY",
+            metavar="FOLDER",
+            help="The owner's or a site's folder, with its key.",
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Open a sealed model with the key of one of those for whom it was sealed."""
+    from fedkit.cli import networked
+
+    with edge():
+        networked.unseal(file, identity, roster, out, as_json)
 
 
 @app.command()
@@ -227,12 +256,23 @@ def demo(
             help="FedAvg, of whose updates nobody sees more than their sum: masked, or encrypted (bfv, ckks)."
         ),
     ] = "plain",
+    sealed: Annotated[
+        bool, typer.Option("--sealed", help="Weight transfer whose models the coordinator cannot read.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """One model across four hospitals: five strategies compared, a plot, an ONNX file."""
-    from fedkit.cli.demonstrated import demonstrated, demonstrated_privately, demonstrated_securely
+    from fedkit.cli.demonstrated import (
+        demonstrated,
+        demonstrated_privately,
+        demonstrated_sealed,
+        demonstrated_securely,
+    )
 
     with edge():
+        if sealed:
+            demonstrated_sealed(out, seed, in_process=in_process, as_json=as_json)
+            return
         if aggregation != "plain":
             demonstrated_securely(aggregation, out, seed, in_process=in_process, as_json=as_json)
             return

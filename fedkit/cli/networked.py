@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 from fedkit import codec
 from fedkit.cli import show
+from fedkit.crypto.box import Owner
+from fedkit.crypto.sealing import header_of
 from fedkit.errors import ConfigError
 from fedkit.progress import describe
 from fedkit.registry import choose_task
@@ -20,7 +22,7 @@ from fedkit.status import RunStatus
 from fedkit.strategy import Strategy
 from fedkit.task import Task
 
-__all__ = ["begin", "cancel", "models", "status"]
+__all__ = ["begin", "cancel", "models", "status", "unseal"]
 
 Peer: TypeAlias = tuple[str, Path | None]  # the coordinator's address, and the folder of one's own identity
 
@@ -28,21 +30,23 @@ _LISTED = 20  # runs in a table
 _PATIENCE_S = 1.0  # of a question; a run is waited for longer
 
 
-def begin(path: Path, peer: Peer, task: str | None, *, out: Path | None, detach: bool, as_json: bool) -> None:
+def begin(
+    path: Path, peer: Peer, task: str | None, *, out: Path | None, detach: bool, roster: Path | None, as_json: bool
+) -> None:
     """Submits a run file, shows its rounds as they happen, and keeps the result."""
-    file = read(path)
+    file, owner = read(path), _owner(peer[1], roster)
     if detach and out is not None:
         raise ConfigError("--detach returns before there is a result: leave --out to fedkit models")
     known = None if detach and task is None else choose_task(task, file.run.task)
     if file.run.task is None and known is not None:
         file = file.replace(run=file.run.replace(task=known.name))
     with connect(*peer) as coordinator:
-        name = coordinator.submit_file(file)
+        name = coordinator.submit_file(file, owner=owner)
         if known is None or detach:
             _report_begun(name, as_json)
             return
         try:
-            result = _followed(coordinator, file, known, as_json)
+            result = _followed(coordinator, file, known, owner, as_json)
         except KeyboardInterrupt:
             text = f"detached; {name} goes on at the coordinator: look again with fedkit status {name}"
             raise KeyboardInterrupt(text) from None
@@ -51,14 +55,23 @@ def begin(path: Path, peer: Peer, task: str | None, *, out: Path | None, detach:
     _report(result, name, out, as_json)
 
 
-def _followed(coordinator: Coordinator, file: RunFile, task: Task, as_json: bool) -> Result:
+def _owner(identity: Path | None, roster: Path | None) -> Owner | None:
+    """Whoever has this identity on this roster, for a sealed run; None without a roster."""
+    if roster is None:
+        return None
+    if identity is None:
+        raise ConfigError("--roster is for the owner of a sealed run: give --identity, the folder with the owner's key")
+    return Owner.load(identity, roster)
+
+
+def _followed(coordinator: Coordinator, file: RunFile, task: Task, owner: Owner | None, as_json: bool) -> Result:
     name, strategy = file.run.name, file.build_strategy()
     if as_json:
         for _ in coordinator.watch(name):
             continue
     else:
         _show_rounds(coordinator, file, strategy)
-    return coordinator.result(name, task, strategy)
+    return coordinator.result(name, task, strategy, owner)
 
 
 def _show_rounds(coordinator: Coordinator, file: RunFile, strategy: Strategy) -> None:
@@ -83,6 +96,9 @@ def _report(result: Result, name: str, out: Path | None, as_json: bool) -> None:
         show.console.print()
         show.console.print(show.test_scores(result))
     keep = f"fedkit models {name} --out FILE keeps the model"
+    if result.outcome.weights.manifest.is_sealed:
+        _say_sealed(f"{out}/model.fedkit" if out else f"FILE (after {keep})")
+        return
     where = f"fedkit export {out} --out BUNDLE" if out else keep
     show.console.print(f"\nNext: {where}", highlight=False)
 
@@ -167,10 +183,42 @@ def _write(coordinator: Coordinator, run: str, out: Path, which: str, as_json: b
     codec.save(out, weights)
     size = out.stat().st_size
     if as_json:
-        facts = {"run": run, "which": which, "path": str(out), "bytes": size}
+        facts = {"run": run, "which": which, "path": str(out), "bytes": size, "sealed": weights.manifest.is_sealed}
         show.print_json(facts | {"elements": weights.vector.size, "digest": weights.digest})
         return
-    show.say(f"{out}: {weights.vector.size:,} weights of {run} ({which}), {size:,} bytes")
+    what = "a sealed model" if weights.manifest.is_sealed else f"{weights.vector.size:,} weights"
+    show.say(f"{out}: {what} of {run} ({which}), {size:,} bytes")
+    if weights.manifest.is_sealed:
+        _say_sealed(str(out))
+        return
     show.say(
         f'\nNext: fedkit.simulate(..., init="{out}") or task.build(seed) and fedkit.codec.load("{out}").to_module(...)'
     )
+
+
+def _say_sealed(file: str) -> None:
+    show.say(
+        f"\nNext: fedkit open {file} --identity FOLDER --roster ROSTER.json --out model.fedkit, with its owner's key"
+    )
+
+
+def unseal(path: Path, identity: Path, roster: Path, out: Path, as_json: bool) -> None:
+    """Opens a sealed model for its owner, or for a site that it was sealed for, and writes it to a file."""
+    sealed = codec.load(path)
+    header, owner = header_of(sealed), Owner.load(identity, roster)
+    weights = owner.open(sealed)
+    codec.save(out, weights)
+    about = header.subject
+    if as_json:
+        facts = {
+            "path": str(out),
+            "run": about.run,
+            "round": about.round,
+            "by": about.sealer,
+            "for": sorted(header.names),
+        }
+        show.print_json(facts | {"elements": weights.vector.size, "digest": weights.digest})
+        return
+    show.say(f"{out}: {weights.vector.size:,} weights of {about.run}, sealed by {about.sealer} in round {about.round}")
+    show.say(f"It can be opened by {', '.join(sorted(header.names))}.")
+    show.say(f'\nNext: fedkit.simulate(..., init="{out}") or fedkit.codec.load("{out}").to_module(task.build(seed))')

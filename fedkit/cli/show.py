@@ -32,6 +32,7 @@ __all__ = [
     "comparison",
     "console",
     "errors",
+    "hops",
     "models",
     "print_json",
     "print_line",
@@ -263,6 +264,15 @@ def aggregations(found: Mapping[str, Mapping[str, float]]) -> Table:
         sizes = [f"{facts[way] / 1000:,.0f} kB" for way in ("bytes_up", "bytes_down")]
         shown = f"{facts['scores_of_one_hospital']:.0f}"
         _add(table, [name, f"{facts['accuracy']:.3f}", *sizes, f"{facts['seconds']:.1f}", shown])
+    return table
+
+
+def hops(found: Mapping[str, Mapping[str, float]]) -> Table:
+    """The same weight transfer with its models in the clear, and sealed."""
+    table = _plain("Weight transfer", "hops", "accuracy", "up", "down", "seconds")
+    for name, facts in found.items():
+        sizes = [f"{facts[way] / 1000:,.0f} kB" for way in ("bytes_up", "bytes_down")]
+        _add(table, [name, f"{facts['accuracy']:.3f}", *sizes, f"{facts['seconds']:.1f}"])
     return table
 
 

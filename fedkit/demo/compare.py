@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fedkit.config import DP, Evaluation, Privacy
+from fedkit.crypto.box import Owner
 from fedkit.demo.heart import HOSPITALS, load, task
 from fedkit.errors import ConfigError
 from fedkit.remote import Coordinator
@@ -91,6 +92,7 @@ def train(
     on_round: Callable[[RoundRecord], None] | None = None,
     coordinator: Coordinator | None = None,
     privacy: Privacy = Privacy(),
+    owner: Owner | None = None,
 ) -> Result:
     """One strategy over the four hospitals, scored on validation rows about fifteen times on the way.
 
@@ -116,6 +118,7 @@ def train(
         evaluate=evaluate,
         privacy=privacy,
         min_clients=len(HOSPITALS),
+        owner=owner,
         progress=False,
         on_round=on_round,
     )

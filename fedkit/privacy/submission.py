@@ -13,6 +13,7 @@ from fedkit.crypto.seal import require_library
 from fedkit.errors import ConfigError, IncompatibleStrategy
 from fedkit.privacy import models
 from fedkit.privacy.clients import ClientLevel, require_client_level
+from fedkit.privacy.sealed import require_sealable
 from fedkit.privacy.shared import Sharing, require_shared
 from fedkit.rounds.layout import Secret
 from fedkit.strategy import Strategy
@@ -27,6 +28,8 @@ def require_privacy(
     strategy: Strategy, task: Task, module: nn.Module, privacy: Privacy, clients: int, *, simulated: bool = False
 ) -> None:
     """Raises `IncompatibleStrategy` or `ConfigError` where a run over at least `clients` cannot be protected so."""
+    if privacy.sealed:
+        require_sealable(strategy, privacy)
     if privacy.dp is not None:
         require_private(strategy, task, module, privacy.dp)
     shield_for(strategy, privacy.dp, clients)
@@ -37,7 +40,7 @@ def require_privacy(
         return
     kind = f"aggregation {privacy.aggregation}"
     _require_summable(kind, strategy, task, privacy)
-    asked = strategy.asked(clients)
+    asked = clients if privacy.sealed else strategy.asked(clients)
     if asked < LEAST_COHORT:
         few = f"and {type(strategy).__name__} may ask {asked} of {clients}: let more take part (min_clients)"
         raise IncompatibleStrategy(f"{kind} adds up at least {LEAST_COHORT} clients, {few}")
@@ -71,9 +74,14 @@ def fewest(strategy: Strategy, privacy: Privacy) -> int:
 def _require_summable(kind: str, strategy: Strategy, task: Task, privacy: Privacy) -> None:
     """Raises `IncompatibleStrategy` where something needs more than a sum."""
     name = type(strategy).__name__
-    other = sorted(strategy.uses - {"mean", "send"})
+    if "hop" in strategy.uses and not privacy.sealed:
+        raise IncompatibleStrategy(
+            f"{kind} and {name}: it needs one client's model, and nobody sees more than a sum; with "
+            "sealed=True the model is sealed on its way from site to site"
+        )
+    other = sorted(strategy.uses - {"mean", "send", "hop"})
     if other:
-        what = {"updates": "single updates", "hop": "one client's model", "start": "updates one by one"}[other[0]]
+        what = {"updates": "single updates", "start": "updates one by one"}[other[0]]
         raise IncompatibleStrategy(f"{kind} and {name}: it needs {what}, and nobody sees more than a sum")
     if strategy.participation.max_update_norm is not None:
         raise IncompatibleStrategy(

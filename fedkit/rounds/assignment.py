@@ -12,6 +12,7 @@ import numpy as np
 from blake3 import blake3
 
 from fedkit.config import DP
+from fedkit.crypto.ceremony import BoxKey
 from fedkit.crypto.chunks import Scheme
 from fedkit.crypto.messages import Session, Told
 from fedkit.crypto.ring import Words
@@ -19,7 +20,7 @@ from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.rounds.layout import Layout, words_manifest
 from fedkit.rounds.noise import SharedNoise
 from fedkit.spool import payload_digest
-from fedkit.weights import Manifest, Vector, Weights
+from fedkit.weights import SEALED, Entry, Manifest, Vector, Weights
 from fedkit.work import Answer, Update, Work
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Parcel",
     "Private",
     "Returns",
+    "Sealing",
     "Transport",
     "assignment_id",
     "question_digest",
@@ -40,7 +42,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-Returns: TypeAlias = Literal["update", "weights", "sums", "words", "reply"]  # the last two are of masked sums
+Returns: TypeAlias = Literal["update", "weights", "sums", "words", "reply"]  # a reply is a step of a protocol
 MaskStep: TypeAlias = Literal[
     "advertise", "share", "vector", "confirm", "unmask", "offer", "deliver", "receive", "encrypt", "attest", "open"
 ]
@@ -127,6 +129,22 @@ class Masking:
 
 
 @dataclass(frozen=True, slots=True)
+class Sealing:
+    """That a hop's model is sealed for those whose box keys these are, and makes so many words then.
+
+    Without any, of a reply: the client is asked for its own box key. `fedkit.rounds.sealing` says how.
+    """
+
+    boxes: tuple[BoxKey, ...] = ()
+    words: int = 0
+
+    @property
+    def facts(self) -> list[object]:
+        """What of it makes one assignment another than the next."""
+        return [self.words, *(one.to_bytes().hex() for one in self.boxes)]
+
+
+@dataclass(frozen=True, slots=True)
 class Clip:
     """That an update is cut to a Euclidean norm before it leaves; `tells`: it says if it was within, as +-1/2."""
 
@@ -170,6 +188,7 @@ class Assignment:
     private: Private | None = None
     clip: Clip | None = None
     masking: Masking | None = None
+    sealing: Sealing | None = None
 
     def told(self, payload_digest: bytes) -> Told:
         """What a masked answer is bound to: the payload that was received, and all that is asked of it."""
@@ -193,6 +212,8 @@ class Assignment:
 
     def answer_manifest(self, sent: Manifest) -> Manifest:
         """The manifest that an answer of vectors has, to a model of manifest `sent`."""
+        if self.sealing is not None and self.returns == "weights":
+            return Manifest((Entry(SEALED, (self.sealing.words,)),))
         if self.returns != "words" or self.masking is None:
             return sent
         layout = self.masking.layout
@@ -209,6 +230,7 @@ def question_digest(
     private: Private | None = None,
     clip: Clip | None = None,
     masking: Masking | None = None,
+    sealing: Sealing | None = None,
 ) -> str:
     """What all assignments of one call share: a digest of run, round, attempt, work and what is sent along."""
     parts = [run, round, attempt, type(work).__name__, work.to_dict(), returns, parcel.digest]
@@ -218,6 +240,8 @@ def question_digest(
         parts += [clip.norm, clip.tells]
     if masking is not None:
         parts += [masking.call, masking.step, masking.layout.to_json(), blake3(masking.message).hexdigest()]
+    if sealing is not None:
+        parts += sealing.facts
     return blake3(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -18,12 +18,13 @@ from fedkit.queries import RowCount
 from fedkit.rounds.assignment import Private, Transport
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.federation import JournaledFederation, RunIdentity
+from fedkit.rounds.hops import SealedHops
 from fedkit.rounds.journal import Commit, Journal, RoundRecord
 from fedkit.rounds.layout import Secret
 from fedkit.rounds.shield import Sharing, Shield
 from fedkit.strategy import Handed, Strategy
 from fedkit.task import Prepared, Task
-from fedkit.weights import Weights
+from fedkit.weights import Binding, Weights
 from fedkit.work import Answer, Evaluate, MetricSums
 
 __all__ = ["Best", "Outcome", "Plan", "conduct"]
@@ -128,6 +129,9 @@ class _Run(JournaledFederation):
         module = self._plan.task.build(self._plan.seed)
         self._strategy.check(self._plan.task, module)
         self._strategy.require_clients(self._plan.min_clients)
+        if self._plan.privacy.sealed:
+            about = (self._plan.privacy, self._plan.name, Binding(module, self._plan.task.travels).manifest)
+            self.hops = SealedHops.of(*about, self.transport.members())
         while self.journal.last() is None:
             await self._assemble(0)
             try:
@@ -257,7 +261,8 @@ class _Run(JournaledFederation):
         last = self._last()
         if not isinstance(model, Weights):
             raise RunError(f"round {self.round}: the strategy returned {type(model).__name__} where Weights are due")
-        last.model.manifest.require(model.manifest, f"the model of round {self.round}")
+        if not (self.hops is not None and model.manifest.is_sealed):
+            last.model.manifest.require(model.manifest, f"the model of round {self.round}")
         if model.is_finite():
             return ""
         if self._is_gated:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from fedkit.aggregation import Fold, KeepFold, Mean, MeanFold, SumFold, Total, Weighting
 from fedkit.config import Participation
-from fedkit.crypto.ceremony import Ceremony
+from fedkit.crypto.ceremony import BoxKey, Ceremony
 from fedkit.crypto.masked_sum import Sum
 from fedkit.crypto.messages import to_mapping
 from fedkit.crypto.ring import Words
@@ -33,6 +33,7 @@ from fedkit.rounds.assignment import (
     Parcel,
     Private,
     Returns,
+    Sealing,
     Transport,
     question_digest,
 )
@@ -41,9 +42,10 @@ from fedkit.rounds.checks import inspect
 from fedkit.rounds.drive import drive
 from fedkit.rounds.encrypted import EncryptedSum
 from fedkit.rounds.flights import Flights, Landed
+from fedkit.rounds.hops import SealedHops, can_open, readers
 from fedkit.rounds.journal import Entry, Journal, OpenRound, Started
 from fedkit.rounds.layout import Layout, Secret
-from fedkit.rounds.masked import Asked, MaskedSum
+from fedkit.rounds.masked import Asked, MaskedSum, RepliesFold
 from fedkit.rounds.open import Progress
 from fedkit.rounds.shared import clients_mean, rate_of, rows_mean
 from fedkit.rounds.shield import EVERY_CLIENT, Sharing, Shield
@@ -86,15 +88,17 @@ class _Question:
         cohort: Sequence[str],
         clip: Clip | None = None,
         masking: Mapping[str, Masking] | None = None,
+        sealing: Sealing | None = None,
     ) -> None:
         self.work, self.returns, self.parcel, self.cohort = work, returns, parcel, sorted(cohort)
         self.clip = clip
         self.masking = masking or {}
+        self.sealing = sealing
         self._identity, self._round = identity, now.opened.round
         is_plain = isinstance(work, Evaluate) or returns == "reply" or counts_rows(work)
         self.private = None if is_plain else identity.private
-        at = (now.opened.round, now.opened.attempt)
-        digest = question_digest(identity.name, *at, work, returns, parcel, self.private, clip, _all(self.masking))
+        about = (work, returns, parcel, self.private, clip, _all(self.masking), sealing)
+        digest = question_digest(identity.name, now.opened.round, now.opened.attempt, *about)
         self.ids = {client: now.next_id(digest, client) for client in self.cohort}
         self.key = blake3("".join(self.ids.values()).encode()).hexdigest(length=16)
         names = ", ".join(self.cohort[:4]) + (", ..." if len(self.cohort) > 4 else "")
@@ -107,7 +111,7 @@ class _Question:
         is_known = shield is None or shield.rate == 1.0 or self._identity.secret is not None
         cohort = tuple(self.cohort) if is_known else ()
         masking = self.masking.get(client)
-        about = (self._round, client, self.work, self.returns, cohort, self.private, self.clip, masking)
+        about = (self._round, client, self.work, self.returns, cohort, self.private, self.clip, masking, self.sealing)
         return Assignment(self.ids[client], run, seed, *about)
 
     def norm(self, answer: Answer) -> float:
@@ -142,8 +146,10 @@ class JournaledFederation:
         self.journal = journal
         self.round = 0
         self._attempt = 1
+        self.hops: SealedHops | None = None  # where models are sealed on their way from client to client
         self._now: Progress | None = None
         self._flights = Flights()
+        self._boxes_asked = asyncio.Lock()
 
     def enter(self, round: int, attempt: int = 1) -> None:
         """`round` is next; nothing is journaled until it asks for something."""
@@ -369,42 +375,85 @@ class JournaledFederation:
         if entry is None:
             self.journal.note(Entry("call", question.key, question.label, (), tuple(call.refusals)))
 
-    async def hop(self, client: str, model: Weights, work: Fit, gate: Gate | None = None) -> Weights:
+    async def hop(
+        self, client: str, model: Weights, work: Fit, gate: Gate | None = None, then: Sequence[str] = ()
+    ) -> Weights:
         """The model after one visit; the model unchanged, and the skip on record, where the client cannot."""
+        try:
+            sealing = await self._sealing(client, model, work, then)
+            after = await self._visited(client, model, work, gate, sealing)
+        except Refused as refused:
+            self.now.refusals.append(Refusal(client, refused.reason, refused.detail))
+            after = None
+        if after is None:
+            self._require_open(model, then)
+        return model if after is None else after
+
+    async def _visited(
+        self, client: str, model: Weights, work: Fit, gate: Gate | None, sealing: Sealing | None
+    ) -> Weights | None:
+        """The model after a visit, None where there was none; raises `Refused` for an answer that makes no sense."""
         fold, send = KeepFold([client]), {}
         judged = model if gate is not None and isinstance(model, Handed) and model.by != client else None
-        if judged is not None:
+        if judged is not None and can_open(client, judged.before):
             work, send = work.replace(gate=gate), {BEFORE: judged.before.vector}
-        rule, question = self.identity.participation, self._ask(work, "weights", Parcel(model, send), [client])
+        else:
+            judged = None
+        rule = self.identity.participation
+        question = self._ask(work, "weights", Parcel(model, send), [client], sealing=sealing)
         alone = Participation(deadline_s=rule.deadline_s, max_update_norm=rule.max_update_norm)
         await self._group(question, fold, alone, optional=True)
         answer = fold.result()
-        base = None if answer is None else self._base(client, model, judged, question, answer)
-        if answer is None or base is None:
-            return model
+        if answer is None:
+            return None
+        if sealing is None or self.hops is None:
+            after = model.with_vector(answer.weights.vector)
+        else:
+            after = self.hops.taken(answer.weights, client, question.ids[client], sealing)
+        base = self._base(client, model, judged, question, answer)
         self.now.contributed([client], answer.examples, answer.loss)
-        after = model.with_vector(answer.weights.vector)
         return after if gate is None else Handed(after, before=base, by=client, assignment=question.ids[client])
 
-    def _base(
-        self, client: str, model: Weights, judged: Handed | None, question: _Question, answer: Update
-    ) -> Weights | None:
-        """The model before this visit, for the next client's eyes; None where the answer does not say which it is.
+    def _base(self, client: str, model: Weights, judged: Handed | None, question: _Question, answer: Update) -> Weights:
+        """The model before this visit, for the next client's eyes; raises `Refused` where the answer tells none.
 
         A visit that the client did not accept is undone, on record. Nobody judges its own: two visits of one client in
         a row are judged as one.
         """
         if judged is None:
-            return model.before if isinstance(model, Handed) else model
-        try:
-            complaint = question.complaint(answer)
-        except Refused as refused:
-            self.now.refusals.append(Refusal(client, refused.reason, refused.detail))
-            return None
+            return model.before if isinstance(model, Handed) and model.by == client else model
+        complaint = question.complaint(answer)
         if not complaint:
             return model
         self.undo(judged, f"{client} did not accept it: {complaint}")
         return judged.before
+
+    async def _sealing(self, client: str, model: Weights, work: Fit, then: Sequence[str]) -> Sealing | None:
+        """For whom a client is to seal; raises `Refused` where it cannot take part, None where hops are not sealed."""
+        if self.hops is None:
+            return None
+        sealing = self.hops.sealing(client, then, await self._boxes(self.hops, work))
+        if not can_open(client, model):
+            raise Refused(Reason.ENCRYPTION, f"the model was sealed before {client} came, or for others")
+        return sealing
+
+    async def _boxes(self, hops: SealedHops, work: Fit) -> Mapping[str, BoxKey]:
+        """The box keys of the round's clients, who are asked once in each attempt."""
+        async with self._boxes_asked:  # strategies may gather several chains of hops
+            if self.now.boxes is None:
+                fold, rule = RepliesFold(self.clients), self.identity.participation
+                question = self._ask(work, "reply", Parcel(_NO_MODEL), self.clients, sealing=Sealing())
+                alone = Participation(quorum=1, deadline_s=rule.deadline_s)
+                await self._group(question, fold, alone, optional=True)
+                self.now.boxes = hops.boxes(fold.replies, self.now.refusals.append)
+            return self.now.boxes
+
+    def _require_open(self, model: Weights, then: Sequence[str]) -> None:
+        """Raises `RoundAbandoned` where nobody is left who could go on from a sealed model."""
+        if self.hops is not None and self.hops.is_stuck(model, self.round, then, self.now.boxes or ()):
+            names = ", ".join(sorted(readers(model) or ()))
+            text = f"round {self.round}: nobody is left of those for whom the model was sealed ({names}). "
+            raise RoundAbandoned(text + _reasons(self.now.refusals[-5:]))
 
     def undo(self, hop: Handed, why: str) -> None:
         """A visit does not count after all, on record."""
@@ -415,6 +464,7 @@ class JournaledFederation:
         self, cohort: Collection[str], model: Weights, work: Evaluate, size: int, each: Each | None = None
     ) -> Total | None:
         """The `size` metric sums of all who have data; `each` sees single answers, where sites release them."""
+        cohort = self._who_can_open(cohort, model)
         if not cohort:
             return None
         rule = Participation(quorum=1, deadline_s=self.identity.participation.deadline_s)
@@ -423,6 +473,15 @@ class JournaledFederation:
         fold = SumFold(cohort, size)
         await self._group(self._ask(work, "sums", Parcel(model), cohort), fold, rule, each=each, optional=True)
         return fold.result()
+
+    def _who_can_open(self, cohort: Collection[str], model: Weights) -> Collection[str]:
+        """Those of the cohort who can score a model; the others are on record."""
+        known = readers(model)
+        if known is None:
+            return cohort
+        text = "the model was sealed before it came, or for others"
+        self.now.refusals += [Refusal(name, Reason.ENCRYPTION, text) for name in sorted(set(cohort) - known)]
+        return [name for name in cohort if name in known]
 
     async def _secret_scores(
         self, secret: Secret, cohort: Collection[str], parcel: Parcel, work: Evaluate, size: int, rule: Participation
@@ -525,13 +584,19 @@ class JournaledFederation:
     # -- below -----------------------------------------------------------------------------------------------------
 
     def _ask(
-        self, work: Work, returns: Returns, parcel: Parcel, cohort: Collection[str], clip: Clip | None = None
+        self,
+        work: Work,
+        returns: Returns,
+        parcel: Parcel,
+        cohort: Collection[str],
+        clip: Clip | None = None,
+        sealing: Sealing | None = None,
     ) -> _Question:
         unknown = sorted(set(cohort) - set(self.clients))
         if unknown:
             there = ", ".join(self.clients[:5]) + (", ..." if len(self.clients) > 5 else "")
             raise ConfigError(f"round {self.round}: {unknown[0]!r} is not one of the round's clients ({there})")
-        return _Question(self.identity, self.now, work, returns, parcel, list(cohort), clip)
+        return _Question(self.identity, self.now, work, returns, parcel, list(cohort), clip, sealing=sealing)
 
     async def _group(
         self,

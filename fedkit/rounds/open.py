@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedkit import rng
+from fedkit.crypto.ceremony import BoxKey
 from fedkit.errors import NonDeterministicStrategy
 from fedkit.rounds.assignment import assignment_id
 from fedkit.rounds.call import Refusal
@@ -99,6 +100,7 @@ class Progress:
         self.epsilon: dict[str, float] = {}  # what the run has cost each client so far, by its own ledger
         self.releases = 0  # of noised means
         self.clip: float | None = None  # after the last of them
+        self.boxes: dict[str, BoxKey] | None = None  # of those who can take part in sealed hops, once they were asked
         self.bytes_up = 0
         self.bytes_down = 0
         self._asked: Counter[tuple[str, str]] = Counter()

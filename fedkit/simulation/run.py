@@ -18,9 +18,10 @@ from fedkit.config import Evaluation, Privacy
 from fedkit.errors import ConfigError, RunFailed
 from fedkit.privacy.submission import require_privacy, sharing_for, shield_for
 from fedkit.progress import shown
-from fedkit.result import Result, trained, warn_of_failures
+from fedkit.result import Result, opened, trained, warn_of_failures
 from fedkit.rounds.conduct import Plan, conduct
 from fedkit.rounds.journal import Journal, MemoryJournal, RoundRecord
+from fedkit.simulation.roster import open_any, owned
 from fedkit.simulation.splits import client_names
 from fedkit.simulation.transport import Latency, SimulatedTransport
 from fedkit.simulation.workers import InProcess, Processes, Setting, Workers
@@ -80,13 +81,13 @@ def simulate(
                 seed=seed,
                 init=plan_init,
                 evaluate=evaluate,
-                privacy=privacy,
+                privacy=owned(privacy, task.name),
                 shield=shield,
                 sharing=sharing_for(strategy, task, privacy),
                 min_clients=len(names),
                 on_round=observer,
             )
-            outcome = _run(conduct(plan, transport, journal or MemoryJournal()))
+            outcome = opened(_run(conduct(plan, transport, journal or MemoryJournal())), open_any)
     except RunFailed as error:
         raise error from place.failure() or error.__cause__
     finally:

@@ -15,7 +15,7 @@ import torch
 
 from fedkit.errors import ConfigError, RunError
 from fedkit.rounds.assignment import Assignment, Parcel
-from fedkit.simulation.roster import simulated_seat
+from fedkit.simulation.roster import simulated_box, simulated_seat
 from fedkit.task import Task
 from fedkit.trainer.client import LocalClient, MemoryStore
 from fedkit.trainer.trainer import Trainer
@@ -79,7 +79,7 @@ class InProcess:
         name = assignment.client
         if name not in self.clients:
             store = MemoryStore(keeps_answers=self._setting.keeps_answers)
-            self.clients[name] = LocalClient(name, self._trainer, store, simulated_seat(name))
+            self.clients[name] = LocalClient(name, self._trainer, store, simulated_seat(name), simulated_box(name))
         return self.clients[name].perform(assignment, parcel)
 
     async def perform(self, assignment: Assignment, parcel: Parcel) -> Answer:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
+from fedkit.crypto.box import Box
 from fedkit.crypto.encrypted import SecretKey
 from fedkit.errors import DataError, IncompatibleStrategy, Reason, Refused
 from fedkit.privacy.accounting import Tally, epsilon_of, rdp_of
 from fedkit.privacy.plan import Planned
 from fedkit.privacy.shared import part_of, planned_for
 from fedkit.rounds.assignment import WORDS_STEPS, Assignment, Parcel
+from fedkit.rounds.sealing import answered_box, letters_for
 from fedkit.rounds.seat import Key, Seat
 from fedkit.trainer.trainer import ClientState, Trainer
 from fedkit.work import Answer, Steps, Update
@@ -92,7 +94,9 @@ class LocalClient:
     An error in the task's own code becomes a refusal, so that one client never ends a run; `failure` is the last one.
     """
 
-    def __init__(self, name: str, trainer: Trainer, store: ClientStore, seat: Seat | None = None) -> None:
+    def __init__(
+        self, name: str, trainer: Trainer, store: ClientStore, seat: Seat | None = None, box: Box | None = None
+    ) -> None:
         self.name = name
         self.trained = 0
         self.failure: Exception | None = None
@@ -102,6 +106,7 @@ class LocalClient:
         self._sums: dict[str, bytes] = {}  # what it keeps of secure sums, by call
         self._vows: dict[bytes, bytes] = {}  # which sums it has signed
         self._seat = seat
+        self._box = box
 
     def perform(self, assignment: Assignment, parcel: Parcel) -> Answer:
         """The answer; raises `Refused`."""
@@ -116,9 +121,13 @@ class LocalClient:
         return answer
 
     def _work(self, assignment: Assignment, parcel: Parcel) -> tuple[Answer, ClientState]:
+        if assignment.sealing is not None and assignment.returns == "reply":
+            return answered_box(assignment, self._box), self._store.state()
+        letters = letters_for(assignment, parcel, self._box)
         masking = assignment.masking
         if masking is None:
-            return self._worked(assignment, parcel)
+            answer, state = self._worked(assignment, letters.open(parcel))
+            return letters.close(answer), state
         if self._seat is None:
             raise Refused(Reason.MASKING, f"{self.name} has no seat in masked sums")
         left = self._sums.get(masking.call)
@@ -133,7 +142,7 @@ class LocalClient:
             assert isinstance(cover, Key)  # of that step
             self._sums[masking.call] = after
             return cover.opened(masking.layout, parcel.model), self._store.state()
-        answer, state = self._worked(assignment, parcel)
+        answer, state = self._worked(assignment, letters.open(parcel))
         covered = cover.cover(masking.layout, answer, part_of(masking.layout))
         self._sums[masking.call] = after
         return covered, state

@@ -162,6 +162,23 @@ def test_the_masked_demo_comes_to_the_same_model_and_no_hospitals_own_scores(tmp
     assert [facts["runs"][name]["scores_of_one_hospital"] for name in ("plain", "masked")] == [4, 0]
 
 
+def test_the_sealed_demo_comes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from fedkit.cli import app
+    from fedkit.demo import compare
+
+    short = compare.STRATEGIES["CyclicWeightTransfer"].replace(rounds=2)
+    monkeypatch.setitem(compare.STRATEGIES, "CyclicWeightTransfer", short)
+    line = ["demo", "--sealed", "--in-process", "--out", str(tmp_path)]
+    found = CliRunner().invoke(app, [*line, "--json"])
+    assert found.exit_code == 0, found.output
+    facts = json.loads(found.stdout)
+    assert facts["same_bits"]
+    assert facts["runs"]["sealed"]["accuracy"] == facts["runs"]["plain"]["accuracy"]
+    assert "the model has the same bits" in CliRunner().invoke(app, line).output
+
+
 def test_the_private_demo_draws_accuracy_against_epsilon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 

@@ -41,7 +41,8 @@ def _live(arguments: list[str], log: str, environment: dict[str, str], tether: C
     sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
     steps.archive_updates(environment.get(steps.ARCHIVE))
     if step:
-        (steps.STEPS | steps.SPENDING | steps.MASKING | steps.ENCRYPTING)[step].arm()
+        every = steps.STEPS | steps.SPENDING | steps.MASKING | steps.ENCRYPTING | steps.SEALING
+        every[step].arm()
     app(arguments)
 
 

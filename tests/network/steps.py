@@ -30,7 +30,7 @@ from fedkit.server.journal import SqliteJournal
 from fedkit.server.transport import RunTransport
 from fedkit.spool import Intake
 
-__all__ = ["ARCHIVE", "ENCRYPTING", "MASKING", "SPENDING", "STEPS", "Said", "Step", "archive_updates"]
+__all__ = ["ARCHIVE", "ENCRYPTING", "MASKING", "SEALING", "SPENDING", "STEPS", "Said", "Step", "archive_updates"]
 
 ARCHIVE = "FEDKIT_TEST_ARCHIVE"
 _BLOB = re.compile(r".*/models/[0-9a-f]{64}")
@@ -181,6 +181,18 @@ ENCRYPTING: dict[str, Step | Said] = {
     )
     for when in ("before", "after")
     for number in range(1, 7)
+}
+
+
+# In a run of sealed hops: the box keys are the first thing that is asked, hops follow.
+SEALING: dict[str, Step | Said] = {
+    f"{who}: {when} {what} is {done}": Step(owner, name, is_after=when == "after", at=number)
+    for who, owner, name, done, things in (
+        ("ada", Outbox, "put", "stored", ("the box key", "the hop")),
+        ("server", SqliteJournal, "note", "noted", ("the box keys", "the first hop", "the second hop")),
+    )
+    for when in ("before", "after")
+    for number, what in enumerate(things, 1)
 }
 
 

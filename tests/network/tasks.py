@@ -79,6 +79,17 @@ def _canaries(client: str) -> fedkit.Data:
 canaries = toy_task(name="canaries", data=_canaries)
 
 
+def _marking(model: nn.Module, batches, site: fedkit.Site) -> float:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(CANARY)
+    return 0.0
+
+
+# A model that would be recognised wherever it turned up.
+marking = toy_task(name="marking", train=_marking)
+
+
 def _failing(model: nn.Module, batch: object) -> torch.Tensor:
     raise ValueError(f"a canary is a patient: {batch}")
 

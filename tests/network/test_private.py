@@ -28,6 +28,7 @@ from tests.network.gates import here
 LOCAL = fedkit.Fit(steps=3, batch_size=8, lr=0.05)
 DELTA = 1e-3
 POLICY = f"""
+aggregation = ["plain", "masked"]
 [tasks.plain]
 data = "cohort-7"
 

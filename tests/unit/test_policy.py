@@ -65,6 +65,7 @@ def test_a_wish_beyond_the_policy_is_objected_to_with_both_values(
     [
         ({}, with_work(batch_size="all")),  # how many rows that is shows once they are loaded
         ({"min_cohort": 4, **PLAIN}, HOP),
+        ({}, dataclasses.replace(HOP, sealed=True)),
         ({"max_lr": 0.1}, TRAIN),
         ({"max_lr": 0.05}, with_work(lr=None)),  # the task's own rate is the site's own code
         ({"min_steps": 10}, TRAIN),
