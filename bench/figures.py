@@ -19,6 +19,7 @@ from bench.encryption import encryption
 from bench.fashion_mnist import accuracy_against_epsilon
 from bench.masking import masking
 from bench.run import arguments, network, ratios
+from bench.sealing import sealing
 from bench.table import Figure, show
 from fedkit import rng
 from fedkit.demo.compare import SHOWN_EPSILON, STRATEGIES, private_accuracy
@@ -110,6 +111,7 @@ def main() -> None:
     if given.data is not None:
         good &= show("Fashion-MNIST, ten clients, delta 1e-5", accuracy_against_epsilon(given.data, Path("out")))
     good &= show("Encrypted sums", encryption())
+    good &= show("Sealed models", sealing())
     good &= show("Equalities", equalities())
     good &= show("Label skew", scaffold())
     good &= show("Speed", ratios(given.pfl))

@@ -17,10 +17,11 @@ from fedkit.metrics import MetricSet
 from fedkit.queries import RowCount
 from fedkit.rounds.assignment import Private, Transport
 from fedkit.rounds.call import Refusal
-from fedkit.rounds.federation import JournaledFederation, RunIdentity
+from fedkit.rounds.federation import JournaledFederation
 from fedkit.rounds.hops import SealedHops
 from fedkit.rounds.journal import Commit, Journal, RoundRecord
 from fedkit.rounds.layout import Secret
+from fedkit.rounds.question import RunIdentity
 from fedkit.rounds.shield import Sharing, Shield
 from fedkit.strategy import Handed, Strategy
 from fedkit.task import Prepared, Task
