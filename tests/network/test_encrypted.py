@@ -32,7 +32,7 @@ from tests.network.test_masked import (
     FIT,
     Lying,
     killed_at,
-    seats,
+    no_secret_is_kept,
     simulated,
     started,
     trained,
@@ -93,8 +93,7 @@ def test_a_process_that_is_killed_in_an_encrypted_sum_costs_no_bit(federation: H
 
 def test_no_key_is_kept_when_its_round_is_over(federation: Hatched) -> None:
     trained(federation, FedAvg(rounds=1, local=FIT), privacy=BFV)
-    federation.stop()
-    assert [seats(federation, name) for name in CLIENTS] == [0] * len(CLIENTS)
+    no_secret_is_kept(federation)
 
 
 # -- a coordinator that lies, or loses a process -----------------------------------------------------------------------
