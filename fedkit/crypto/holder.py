@@ -85,6 +85,7 @@ class _State:
     secret: SecretKey | None = field(default=None, repr=False)
     signers: tuple[str, ...] = ()  # who has the same key, once it was shown
     told: Told | None = None  # once it has encrypted
+    is_update: bool = False  # what it has encrypted
     announced: Announced | None = None  # once it has signed
 
 
@@ -141,10 +142,10 @@ class Holder:
 
     # -- 3: encrypting -------------------------------------------------------------------------------------------------
 
-    def encrypting(self, signatures: Mapping[str, bytes], told: Told) -> SecretKey:
+    def encrypting(self, signatures: Mapping[str, bytes], told: Told, *, is_update: bool = False) -> SecretKey:
         """The key to encrypt one answer with; `signatures` by name are of all whose values may be in the sum.
 
-        Each must be of a member that got the same key, and this one among them.
+        Each must be of a member that got the same key, and this one among them. `is_update`: see `vow`.
         """
         handover, secret = self._got()
         if self._state.told is not None:
@@ -156,7 +157,7 @@ class Holder:
             raise refused(f"they have not signed that they got the same key: {', '.join(differing[:10])}")
         if self.name not in names or len(names) < self._least:
             raise refused(f"{len(names)} members have the key with this one, and the least is {self._least}")
-        self._state = replace(self._state, signers=names, told=told)
+        self._state = replace(self._state, signers=names, told=told, is_update=is_update)
         return secret
 
     # -- 4 and 5: opening ----------------------------------------------------------------------------------------------
@@ -182,6 +183,16 @@ class Holder:
         if state.announced is None or state.handover is None or state.told is None:
             raise refused("no sum was announced yet")
         return state.announced.statement(self.ceremony, state.handover, state.told)
+
+    @property
+    def vow(self) -> tuple[bytes, bytes] | None:
+        """Of which round it has signed a sum of updates, and which one: to be kept for ever, and held against others.
+
+        None where it has encrypted no update. Raises `Refused` where it has signed nothing.
+        """
+        session = self.ceremony.session
+        question = digest_of(b"fedkit-vow-1", session.run.encode(), str(session.round).encode())
+        return (question, self.statement) if self._state.is_update else None
 
     def opening(self, signatures: Mapping[str, bytes], digest: bytes) -> SecretKey:
         """The key to open the sum with, which has that digest, once enough have signed it; `signatures` by name."""
@@ -236,6 +247,7 @@ class Holder:
             b"" if state.secret is None else state.secret.data,
             packed(*(name.encode() for name in state.signers)),
             told,
+            b"\1" if state.is_update else b"\0",
             b"" if state.announced is None else state.announced.to_bytes(),
         )
         return packed(_LABEL, self.ceremony.digest, self.name.encode(), state.seed, *parts)
@@ -252,11 +264,12 @@ class Holder:
         least: int = LEAST_COHORT,
     ) -> Holder:
         """The member that `to_bytes` wrote; raises `PayloadError` for anything else, another sum or name."""
-        label, digest, who, seed, *parts = unpacked(data, 10)
+        label, digest, who, seed, *parts = unpacked(data, 11)
         if (label, digest, who) != (_LABEL, ceremony.digest, name.encode()) or len(seed) != KEY_BYTES:
             raise PayloadError("this is not the state of this member in this sum")
-        delivered, handover, secret, signers, told, announced = parts
-        if bool(handover) != bool(secret) or delivered not in (b"\0", b"\1") or len(told) not in (0, 2 * DIGEST_BYTES):
+        delivered, handover, secret, signers, told, is_update, announced = parts
+        is_flagged = {delivered, is_update} <= {b"\0", b"\1"}
+        if bool(handover) != bool(secret) or not is_flagged or len(told) not in (0, 2 * DIGEST_BYTES):
             raise PayloadError("the state of an encrypted sum is damaged")
         found = cls(ceremony, name, key, members, least=least)
         found._state = _State(
@@ -266,6 +279,7 @@ class Holder:
             SecretKey(ceremony.scheme, secret) if secret else None,
             names_from(signers),
             Told(told[:DIGEST_BYTES], told[DIGEST_BYTES:]) if told else None,
+            is_update == b"\1",
             Announced.from_bytes(announced) if announced else None,
         )
         return found

@@ -16,7 +16,7 @@ from fedkit.crypto.ceremony import BoxKey, Ceremony, Handed
 from fedkit.crypto.chunks import FULL_BYTES
 from fedkit.crypto.encrypted import SecretKey
 from fedkit.crypto.holder import Announced, Holder
-from fedkit.crypto.masks import apply_masks, digest_of, packed
+from fedkit.crypto.masks import apply_masks, packed
 from fedkit.crypto.member import LEAST_COHORT, Member
 from fedkit.crypto.messages import Cohort, Shares, Told, mapping_from, names_from, unpacked
 from fedkit.crypto.ring import Words
@@ -143,7 +143,7 @@ class Seat:
         with _refusing(masking):
             told = assignment.told(payload_digest)
             if isinstance(member, Holder):
-                return _key_of(member, masking, told, payload_digest), member.to_bytes()
+                return _key_of(member, assignment, told, payload_digest), member.to_bytes()
             sharers, inbox = unpacked(masking.message, 2)
             about = (names_from(sharers), Shares.from_bytes(inbox), told)
             _require_planned(about[0], masking.layout)
@@ -151,16 +151,13 @@ class Seat:
         return Masks(tuple(plus), tuple(minus)), member.to_bytes()
 
     def vow(self, assignment: Assignment, left: bytes) -> tuple[bytes, bytes] | None:
-        """What must not be said twice: which round's update this is about, and which sum was signed for it.
-
-        None for all but the step "attest" of an update.
-        """
+        """What is kept for ever once the step "attest" is answered (`Holder.vow`); None for all others."""
         masking = _masking_of(assignment)
-        if masking.step != "attest" or not isinstance(assignment.work, Fit | Gradient):
+        if masking.step != "attest":
             return None
         member = self._member(assignment, masking, left)
         assert isinstance(member, Holder)  # nobody else attests
-        return digest_of(b"fedkit-vow-1", assignment.run.encode(), str(assignment.round).encode()), member.statement
+        return member.vow
 
     def facts(self, assignment: Assignment, left: bytes) -> dict[str, str | int]:
         """What the audit log says of the sum that is about to be opened."""
@@ -232,10 +229,11 @@ def _answered_by_holder(holder: Holder, masking: Masking, secret: SecretKey | No
     raise Refused(Reason.ENCRYPTION, f"the step {masking.step} has no such answer")
 
 
-def _key_of(holder: Holder, masking: Masking, told: Told, payload_digest: bytes) -> Key:
+def _key_of(holder: Holder, assignment: Assignment, told: Told, payload_digest: bytes) -> Key:
+    masking = _masking_of(assignment)
     signatures = mapping_from(masking.message)
     if masking.step == "encrypt":
-        return Key(holder.encrypting(signatures, told))
+        return Key(holder.encrypting(signatures, told, is_update=isinstance(assignment.work, Fit | Gradient)))
     if masking.step == "open":
         return Key(holder.opening(signatures, payload_digest))
     raise Refused(Reason.ENCRYPTION, f"the step {masking.step} brings no vector")

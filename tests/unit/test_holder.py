@@ -267,6 +267,29 @@ def test_a_member_signs_one_sum_that_has_its_own_values_and_enough_members_with_
             members["bea"].attest(other)
 
 
+def test_what_is_vowed_of_an_update_is_what_was_encrypted_whatever_is_said_later() -> None:
+    """Also by other calls of the same round; of scores nothing is."""
+    vows = []
+    for call in ("call", "another"):
+        ceremony = replace(CEREMONY, session=replace(CEREMONY.session, call=call))
+        members = holders(ceremony=ceremony)
+        delivery = delivered(members)
+        signatures = {name: one.receive(delivery.to(name)) for name, one in members.items()}
+        for name, one in members.items():
+            one.encrypting(signatures, TOLD, is_update=name != "bea")
+        with refused("no sum was announced"):
+            _ = members["ada"].vow
+        for one in members.values():
+            one.attest(Announced(NAMES, SUM))
+        again = Holder.restore(members["ada"].to_bytes(), ceremony, "ada", KEYS["ada"], ROSTER)
+        assert again.vow == members["ada"].vow == members["cyd"].vow
+        assert members["bea"].vow is None
+        vows.append(again.vow)
+    (question, statement), (same, other) = vows
+    assert question == same
+    assert statement != other
+
+
 def test_of_two_sums_that_members_are_told_of_none_is_opened_by_both_halves() -> None:
     """Whatever way a coordinator splits five members over two sums, at most one of these is ever opened."""
     for half in (1, 2, 3, 4):
