@@ -253,7 +253,7 @@ def test_a_crash_at_any_step_changes_neither_the_model_nor_the_work_done(keep_an
     strategy, clients = FedAvg(rounds=1, local=FIT), CLIENTS[:4]
     reference, steps = world(clients, keep_answers=keep_answers), Fuse()
     expected = reference.run(strategy, privacy=BFV, fuse=steps)
-    for step in range(1, steps.steps + 1, 19):
+    for step in range(1, steps.steps + 1, 37):
         here = world(clients, keep_answers=keep_answers)
         with pytest.raises(Crash):
             here.run(strategy, privacy=BFV, fuse=Fuse(step))

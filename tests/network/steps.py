@@ -175,12 +175,12 @@ ENCRYPTING: dict[str, Step | Said] = {
     f"{who}: {when} step {number} of an encrypted sum is {done}": Step(
         owner, name, is_after=when == "after", at=before + number
     )
-    for who, owner, name, done, before, moments in (
-        ("cyd", Outbox, "put", "stored", 5, ("before", "after")),
-        ("server", SqliteJournal, "note", "noted", 6, ("after",)),
+    for who, owner, name, done, before, moments, numbers in (
+        ("cyd", Outbox, "put", "stored", 5, ("before", "after"), (2, 4, 6)),
+        ("server", SqliteJournal, "note", "noted", 6, ("after",), (4,)),
     )
     for when in moments
-    for number in (2, 4, 6)
+    for number in numbers
 }
 
 
