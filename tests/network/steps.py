@@ -164,8 +164,11 @@ SPENDING: dict[str, Step | Said] = {
 # In a masked sum, behind those of round 0: stored and noted once for each of the five steps.
 MASKING: dict[str, Step | Said] = {
     f"{who}: {when} step {number} is {done}": Step(owner, name, is_after=when == "after", at=5 + number)
-    for who, owner, name, done in (("ada", Outbox, "put", "stored"), ("server", SqliteJournal, "note", "noted"))
-    for when in ("before", "after")
+    for who, owner, name, done, moments in (
+        ("ada", Outbox, "put", "stored", ("before", "after")),
+        ("server", SqliteJournal, "note", "noted", ("after",)),
+    )
+    for when in moments
     for number in range(1, 6)
 }
 
