@@ -15,6 +15,7 @@ from fedkit.crypto.ceremony import LETTER_BYTES, BoxKey, Ceremony, Delivery, Han
 from fedkit.crypto.encrypted import SecretKey
 from fedkit.crypto.holder import Announced, Holder, enough
 from fedkit.crypto.masks import packed
+from fedkit.crypto.member import LEAST_COHORT
 from fedkit.crypto.messages import Session, Told
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.trust.signing import public_of
@@ -304,6 +305,10 @@ def test_of_two_sums_that_members_are_told_of_none_is_opened_by_both_halves() ->
                 continue
             opened.add(announced[name].digest)
         assert opened == ({SUM} if half >= 3 else {bytes(32)})
+
+
+def test_two_groups_that_differ_by_one_member_cannot_both_have_enough_signatures_of_members_who_sign_once() -> None:
+    assert all(max(enough(n), LEAST_COHORT) + max(enough(n - 1), LEAST_COHORT) > n for n in range(4, 1000))
 
 
 def test_a_sum_is_opened_only_as_it_was_announced_and_signed_by_most_of_those_who_have_the_key() -> None:
