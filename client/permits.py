@@ -66,8 +66,7 @@ class Permits:
         """Raises `Refused` unless the policy allows the assignment, now too, which then counts as asked."""
         self._require(message, assignment)
         await self._require_moment(at_work=False)
-        is_step = assignment.masking is not None and assignment.masking.step not in ("vector", "encrypt")
-        if is_step or counts_rows(assignment.work):
+        if not assignment.is_worked or counts_rows(assignment.work):
             return  # what this is for counts, or nothing does
         question = blake3(message.summarize.SerializeToString(deterministic=True)).hexdigest()
         at = (assignment.id, assignment.run, assignment.round)

@@ -27,6 +27,7 @@ __all__ = [
     "MASKED_STEPS",
     "WITHIN",
     "WORDS_STEPS",
+    "WORKED_STEPS",
     "Assignment",
     "Clip",
     "MaskStep",
@@ -48,7 +49,8 @@ MaskStep: TypeAlias = Literal[
 ]
 
 MASKED_STEPS = ("advertise", "share", "vector", "confirm", "unmask")
-WORDS_STEPS = ("vector", "encrypt", "open")  # whose answers are vectors
+WORKED_STEPS = ("vector", "encrypt")  # in which the work is done
+WORDS_STEPS = (*WORKED_STEPS, "open")  # whose answers are vectors
 
 WITHIN = "within_clip"  # the extra vector of one element by which a client says whether its update was
 
@@ -189,6 +191,11 @@ class Assignment:
     clip: Clip | None = None
     masking: Masking | None = None
     sealing: Sealing | None = None
+
+    @property
+    def is_worked(self) -> bool:
+        """Whether the work is done for it; else it is one step of a protocol that has that done in another."""
+        return self.returns != "reply" and (self.masking is None or self.masking.step in WORKED_STEPS)
 
     def told(self, payload_digest: bytes) -> Told:
         """What a masked answer is bound to: the payload that was received, and all that is asked of it."""

@@ -14,6 +14,7 @@ from fedkit.crypto.messages import to_mapping
 from fedkit.errors import Reason, Refused
 from fedkit.gate import Verdict
 from fedkit.rounds.assignment import (
+    WORKED_STEPS,
     Assignment,
     Clip,
     Masking,
@@ -70,7 +71,8 @@ class Question:
         self.masking = masking or {}
         self.sealing = sealing
         self._identity, self._round = identity, now.opened.round
-        is_plain = isinstance(work, Evaluate) or returns == "reply" or counts_rows(work)
+        is_step = returns == "reply" or any(one.step not in WORKED_STEPS for one in self.masking.values())
+        is_plain = isinstance(work, Evaluate) or is_step or counts_rows(work)
         self.private = None if is_plain else identity.private
         about = (work, returns, parcel, self.private, clip, _told_to_all(self.masking), sealing)
         digest = question_digest(identity.name, now.opened.round, now.opened.attempt, *about)

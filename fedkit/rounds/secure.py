@@ -15,6 +15,7 @@ from fedkit.errors import BelowThreshold, ConfigError, Reason, RoundAbandoned, R
 from fedkit.rounds.asking import Asking
 from fedkit.rounds.assignment import (
     WORDS_STEPS,
+    WORKED_STEPS,
     Clip,
     Masking,
     Parcel,
@@ -133,7 +134,7 @@ class SecureSums(Asking):
     async def _step(self, first: Masking, asked: Asked, work: Work, parcel: Parcel, clip: Clip | None) -> None:
         """One step of a secure sum, a call of its own."""
         masking = {name: replace(first, step=asked.step, message=text) for name, text in asked.messages.items()}
-        is_worked = asked.step in ("vector", "encrypt")
+        is_worked = asked.step in WORKED_STEPS
         sent = asked.parcel or (parcel if is_worked else Parcel(NO_MODEL))
         returns: Returns = "words" if asked.step in WORDS_STEPS else "reply"
         cut = clip if is_worked else None

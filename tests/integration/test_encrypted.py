@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ import fedkit
 from fedkit.crypto import seal
 from fedkit.crypto.chunks import SEEDED_BYTES, TAG_BYTES
 from fedkit.errors import ConfigError, IncompatibleStrategy, Reason, Refused
-from fedkit.rounds.assignment import Assignment, Parcel
+from fedkit.rounds.assignment import Assignment, MaskStep, Parcel
 from fedkit.rounds.conduct import Outcome
 from fedkit.strategies import CyclicWeightTransfer, FedAvg, FedAvgM, FedBuff, FedSGD, Krum, Scaffold
 from fedkit.strategy import Strategy
@@ -35,7 +35,13 @@ def run(strategy: Strategy, here: InMemoryFederation | None = None, privacy: fed
 
 def faulty(step: str, fault: Callable[[Assignment, Answer], Answer], *names: str) -> InMemoryFederation:
     """A federation in which some clients' answers to one step of each mean pass through `fault`."""
-    here = world()
+    return watched(world(), step, fault, *names)
+
+
+def watched(
+    here: InMemoryFederation, step: str, fault: Callable[[Assignment, Answer], Answer], *names: str
+) -> InMemoryFederation:
+    """The federation, in which answers to one more step do so."""
     perform = here.place.perform
 
     async def changed(assignment: Assignment, parcel: Parcel) -> Answer:
@@ -111,6 +117,23 @@ def test_what_a_coordinator_sees_of_one_client_says_nothing() -> None:
     assert len(seen) == len(set(seen)) == 2 * len(CLIENTS)
     low = np.concatenate([np.frombuffer(chunk[64:], np.uint8).reshape(-1, 7)[:, :6].reshape(-1) for chunk in seen])
     assert abs(np.unpackbits(low).mean() - 0.5) < 6 * 0.5 / np.sqrt(8 * low.size)
+
+
+@pytest.mark.parametrize("aggregation", ["masked", "bfv"])
+def test_noise_is_asked_and_paid_for_where_the_work_is_done_and_in_no_other_step(aggregation: Any) -> None:
+    asked: set[tuple[str, bool]] = set()
+
+    def note(assignment: Assignment, answer: Answer) -> Answer:
+        assert assignment.masking is not None
+        asked.add((assignment.masking.step, assignment.private is not None))
+        return answer
+
+    here = world()
+    for step in get_args(MaskStep):
+        watched(here, step, note, *CLIENTS)
+    run(ONE, here, fedkit.Privacy(aggregation=aggregation, dp=fedkit.DP(epsilon=3.0, delta=1e-3)))
+    assert {step for step, is_private in asked if is_private} == {{"masked": "vector", "bfv": "encrypt"}[aggregation]}
+    assert len(asked) == {"masked": 5, "bfv": 6}[aggregation]
 
 
 # -- who drops out, and who lies ---------------------------------------------------------------------------------------
@@ -202,12 +225,12 @@ def test_a_client_that_encrypts_noise_spoils_its_round_which_is_passed_over() ->
     here = faulty("encrypt", noise, "site-4")
     inner = here.place.perform
 
-    async def watched(assignment: Assignment, parcel: Parcel) -> Answer:
+    async def noting(assignment: Assignment, parcel: Parcel) -> Answer:
         if assignment.masking is not None and assignment.masking.step == "open" and isinstance(assignment.work, Fit):
             opened.append(assignment.round)
         return await inner(assignment, parcel)
 
-    here.place.perform = watched  # type: ignore[method-assign]
+    here.place.perform = noting  # type: ignore[method-assign]
     outcome = run(FedAvg(rounds=3, local=FIT), here)
     assert [bool(record.rejected) for record in outcome.history] == [True, False, False]
     assert "no 2 of the members asked say the same" in outcome.history[0].rejected

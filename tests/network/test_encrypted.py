@@ -86,6 +86,14 @@ def test_two_clients_open_each_sum_and_their_logs_name_it(federation: Hatched) -
         assert (found[0]["clients"], found[0]["round"]) == (len(CLIENTS), number)
 
 
+def test_an_encrypted_run_may_be_private_too(federation: Hatched) -> None:
+    rule = fedkit.Privacy(aggregation="bfv", dp=fedkit.DP(epsilon=3.0, delta=1e-3))
+    result = trained(federation, FedAvg(rounds=2, local=FIT), privacy=rule)
+    assert [record.refusals for record in result.history] == [(), ()]
+    assert set(result.history[-1].epsilon) == set(CLIENTS)
+    assert all(0.0 < epsilon <= 3.0 for epsilon in result.history[-1].epsilon.values())
+
+
 @pytest.mark.parametrize("step", steps.ENCRYPTING)
 def test_a_process_that_is_killed_in_an_encrypted_sum_costs_no_bit(federation: Hatched, step: str) -> None:
     killed_at(federation, step, BFV)
