@@ -91,7 +91,7 @@ class Agent:
         self._roster = roster
         self._permits = permits
         self._instance = secrets.token_bytes(16)
-        self._masking: set[str] = set()  # masked sums of which a step is being taken
+        self._summing: set[str] = set()  # secure sums of which a step is being taken
         self._errands: dict[str, _Errand] = {}
         self._line: Line | None = None
         self._stopping = asyncio.Event()
@@ -313,7 +313,7 @@ class Agent:
 
     @contextlib.contextmanager
     def _alone(self, assignment: Assignment) -> Iterator[None]:
-        """One step of a masked sum at a time; once it is stored, the seat refuses another one in its place.
+        """One step of a secure sum at a time; once it is stored, the seat refuses another one in its place.
 
         Two vectors under the same masks would tell their difference, and two lists of survivors both kinds of shares.
         """
@@ -321,13 +321,13 @@ class Agent:
             yield
             return
         call = assignment.masking.call
-        if call in self._masking:
+        if call in self._summing:
             raise Refused(Reason.MASKING, "another step of that sum is being taken")
-        self._masking.add(call)
+        self._summing.add(call)
         try:
             yield
         finally:
-            self._masking.discard(call)
+            self._summing.discard(call)
 
     async def _work_out(self, errand: _Errand, assignment: Assignment) -> None:
         message = errand.message

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from fedkit.codec import CHUNK_BYTES
-from fedkit.errors import ConfigError, Reason, Refused, StorageError
+from fedkit.crypto.holder import require_kept
+from fedkit.errors import ConfigError, StorageError
 from fedkit.spool import payload_digest
 from fedkit.work import MetricSums, Reply, Summary
 
@@ -183,8 +184,7 @@ class Outbox:
         if vow is None:
             return
         before = self._db.execute("SELECT statement FROM vows WHERE question = ?", vow[:1]).fetchone()
-        if before is not None and bytes(before[0]) != vow[1]:
-            raise Refused(Reason.ENCRYPTION, "another sum of that round was signed before")
+        require_kept(vow[1], None if before is None else bytes(before[0]))
         self._db.execute("INSERT OR IGNORE INTO vows VALUES (?, ?)", vow)
 
     def settle(self, accepted: Iterable[str], dropped: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import os
 import signal
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -75,8 +75,7 @@ class KeyJob:
 
     def message(self, _: set[str]) -> dict[str, Any]:
         """The job as a worker reads it."""
-        scheme = self.scheme
-        return {"id": self.id, "make_key": [scheme.name, scheme.cohort, scheme.modulus, scheme.scale]}
+        return {"id": self.id, "make_key": astuple(self.scheme)}
 
 
 class _Died(Exception):

@@ -226,9 +226,8 @@ class _Worker:
 
 def _made_key(about: list[Any]) -> dict[str, Any]:
     """The key of an encrypted sum."""
-    name, cohort, modulus, scale = about
     try:
-        key = SecretKey.make(Scheme(name, cohort, modulus=modulus, scale=scale))
+        key = SecretKey.make(Scheme(*about))
     except ConfigError as error:
         raise Refused(Reason.ENCRYPTION, str(error)) from None
     return {"key": base64.b64encode(key.data).decode()}

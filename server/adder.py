@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy as np
 import structlog
 
 from fedkit.crypto.adding import add_up
-from fedkit.crypto.chunks import FULL_BYTES, Scheme, chunks_for
+from fedkit.crypto.chunks import Scheme, words_of_sum
 from fedkit.crypto.ring import Words
 from fedkit.errors import FedkitError, SumSpoiled
 
@@ -51,7 +52,7 @@ class AddingProcess:
         Raises `SumSpoiled`, also where the process died of it.
         """
         task = {
-            "scheme": [scheme.name, scheme.cohort, scheme.modulus, scheme.scale],
+            "scheme": astuple(scheme),
             "fingerprint": fingerprint.hex(),
             "values": values,
             "uploads": {name: str(path) for name, path in uploads.items()},
@@ -107,12 +108,10 @@ def main() -> None:
 
 
 def _answer(task: dict[str, Any]) -> dict[str, Any]:
-    name, cohort, modulus, scale = task["scheme"]
     uploads = {who: np.memmap(path, dtype="<u4", mode="r") for who, path in task["uploads"].items()}
-    out = np.memmap(task["out"], dtype="<u4", mode="w+", shape=(chunks_for(task["values"]) * FULL_BYTES // 4,))
+    out = np.memmap(task["out"], dtype="<u4", mode="w+", shape=(words_of_sum(task["values"]),))
     try:
-        scheme = Scheme(name, cohort, modulus=modulus, scale=scale)
-        refused = add_up(scheme, bytes.fromhex(task["fingerprint"]), task["values"], uploads, out)
+        refused = add_up(Scheme(*task["scheme"]), bytes.fromhex(task["fingerprint"]), task["values"], uploads, out)
     except FedkitError as error:
         return {"spoiled": str(error)}
     return {"refused": refused}

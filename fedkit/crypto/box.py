@@ -14,11 +14,11 @@ from typing import Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedkit.crypto.ceremony import BoxKey
+from fedkit.crypto.ceremony import BoxKey, refused
 from fedkit.crypto.masks import PrivateKey, derive, digest_of
 from fedkit.crypto.messages import require_names
 from fedkit.crypto.sealing import Header, Stamp, Subject, header_of, unseal
-from fedkit.errors import ConfigError, PayloadError, Reason, Refused
+from fedkit.errors import ConfigError, PayloadError
 from fedkit.trust.identity import Identity
 from fedkit.trust.roster import Chain
 from fedkit.trust.signing import load_signing_key, public_of
@@ -43,13 +43,13 @@ def require_boxes(run: str, boxes: Iterable[BoxKey], members: Mapping[str, str])
     try:
         names = require_names(one.name for one in boxes)
     except PayloadError as error:
-        raise Refused(Reason.ENCRYPTION, str(error)) from None
+        raise refused(str(error)) from None
     strangers = [name for name in names if name not in members]
     if strangers:
-        raise Refused(Reason.ENCRYPTION, f"to be sealed for who is not on the roster: {', '.join(strangers[:10])}")
+        raise refused(f"to be sealed for who is not on the roster: {', '.join(strangers[:10])}")
     unsigned = [one.name for one in boxes if not one.is_signed(about_run(run), members)]
     if unsigned:
-        raise Refused(Reason.ENCRYPTION, f"box keys that are not signed for this run: {', '.join(unsigned[:10])}")
+        raise refused(f"box keys that are not signed for this run: {', '.join(unsigned[:10])}")
 
 
 class Box:
@@ -81,7 +81,7 @@ class Box:
         try:
             header = header_of(weights)
         except PayloadError as error:
-            raise Refused(Reason.ENCRYPTION, str(error)) from None
+            raise refused(str(error)) from None
         header.check(run, round, self._members())
         return header.content_key(self.name, self._private(run))
 
@@ -92,7 +92,7 @@ class Box:
         try:
             run = header_of(weights).subject.run
         except PayloadError as error:
-            raise Refused(Reason.ENCRYPTION, str(error)) from None
+            raise refused(str(error)) from None
         return unseal(weights, self.content_key(weights, run, -1))
 
 

@@ -34,6 +34,8 @@ __all__ = [
     "chunks_for",
     "numbers_from",
     "numbers_to",
+    "words_of_sum",
+    "words_of_upload",
 ]
 
 Numbers: TypeAlias = npt.NDArray[np.uint64]
@@ -43,6 +45,7 @@ PRIMES = (18014398509293569, 18014398509309953)  # 54 bits; ciphertexts are modu
 TAG_BYTES = 16
 _SEED_BYTES = 64
 _NUMBER_BYTES = 7
+_WORD_BYTES = 4
 _POLYNOMIAL_BYTES = DEGREE * _NUMBER_BYTES
 SEEDED_BYTES = TAG_BYTES + _SEED_BYTES + _POLYNOMIAL_BYTES
 FULL_BYTES = TAG_BYTES + 2 * _POLYNOMIAL_BYTES
@@ -52,6 +55,16 @@ KEY_BYTES = len(PRIMES) * _POLYNOMIAL_BYTES
 def chunks_for(values: int) -> int:
     """How many chunks hold so many values, 4,096 each; at least one."""
     return max(-(-values // DEGREE), 1)
+
+
+def words_of_sum(values: int) -> int:
+    """How many words of 32 bits the chunks of a sum of so many values have."""
+    return chunks_for(values) * FULL_BYTES // _WORD_BYTES
+
+
+def words_of_upload(values: int) -> int:
+    """How many words of 32 bits one client's chunks of so many values have."""
+    return chunks_for(values) * SEEDED_BYTES // _WORD_BYTES
 
 
 def numbers_to(numbers: Numbers) -> bytes:

@@ -34,7 +34,7 @@ from fedkit.crypto.member import LEAST_COHORT
 from fedkit.crypto.messages import DIGEST_BYTES, Told, names_from, require_names, require_size, unpacked, verifies
 from fedkit.errors import PayloadError
 
-__all__ = ["Announced", "Holder", "attestation", "enough"]
+__all__ = ["Announced", "Holder", "attestation", "enough", "require_kept"]
 
 _LABEL = b"fedkit-holder-1"
 
@@ -75,6 +75,12 @@ class Announced:
 def attestation(statement: bytes, name: str) -> bytes:
     """What a member signs that its values are in a sum, and that it knows of no other."""
     return packed(b"fedkit-attested-1", statement, name.encode())
+
+
+def require_kept(statement: bytes, before: bytes | None) -> None:
+    """Raises `Refused` where another sum of the same round was signed `before` (`Holder.vow`)."""
+    if before is not None and before != statement:
+        raise refused("another sum of that round was signed before")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,10 @@ from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from fedkit.crypto.ceremony import BoxKey
+from fedkit.crypto.ceremony import BoxKey, agreed, refused
 from fedkit.crypto.masks import KEY_BYTES, TAG_BYTES, PrivateKey, derive, digest_of, opened, packed, sealed
 from fedkit.crypto.messages import DIGEST_BYTES, SIGNATURE_BYTES, require_names, require_size, unpacked, verifies
-from fedkit.errors import PayloadError, Reason, Refused
+from fedkit.errors import PayloadError
 from fedkit.weights import SEALED, Entry, Manifest, Vector, Weights
 
 __all__ = [
@@ -137,7 +137,7 @@ class Header:
         voice = stamp.signer.public_key().public_bytes_raw()
         empty = {one.name: bytes(WRAP_BYTES) for one in ordered}
         bare = cls(subject, lock.public, voice, _commitment(stamp.content), empty, bytes(SIGNATURE_BYTES))
-        wraps = {one.name: bare.wrap(one, stamp.content, _agreed(lock, one.value, one.name)) for one in ordered}
+        wraps = {one.name: bare.wrap(one, stamp.content, agreed(lock, one.value, one.name)) for one in ordered}
         unsigned = replace(bare, wraps=wraps)
         return replace(unsigned, signature=key.sign(unsigned.body))
 
@@ -169,24 +169,24 @@ class Header:
         """
         about = self.subject
         if about.run != run:
-            raise _refused("the model was sealed in another run")
+            raise refused("the model was sealed in another run")
         if 0 <= round < about.round:
-            raise _refused(f"the model was sealed in round {about.round}, which is yet to come")
+            raise refused(f"the model was sealed in round {about.round}, which is yet to come")
         if about.sealer not in members:
-            raise _refused(f"the model was sealed by {about.sealer}, who is not on this site's roster")
+            raise refused(f"the model was sealed by {about.sealer}, who is not on this site's roster")
         if not verifies(members[about.sealer], self.signature, self.body):
-            raise _refused(f"{about.sealer} has not signed the model that is said to be its own")
+            raise refused(f"{about.sealer} has not signed the model that is said to be its own")
 
     def content_key(self, name: str, private: PrivateKey) -> bytes:
         """The content key, for the recipient of that name; raises `Refused` (encryption)."""
         wrapped = self.wraps.get(name)
         if wrapped is None:
-            raise _refused(f"the model is not sealed for {name}")
+            raise refused(f"the model is not sealed for {name}")
         bound = packed(b"fedkit-sealed-wrap-1", self.core, name.encode(), private.public)
-        secret = _agreed(private, self.lock, self.subject.sealer)
+        secret = agreed(private, self.lock, self.subject.sealer)
         found = opened(derive(secret, bound), wrapped, bound)
         if found is None or _commitment(found) != self.commitment:
-            raise _refused(f"the key that was wrapped for {name} does not open under its own")
+            raise refused(f"the key that was wrapped for {name} does not open under its own")
         return found
 
     def to_bytes(self) -> bytes:
@@ -311,9 +311,9 @@ def unseal(weights: Weights, content: bytes) -> Weights:
         header, start = _split(weights)
         manifest = Manifest.from_json(header.subject.manifest)
     except PayloadError as error:
-        raise _refused(str(error)) from None
+        raise refused(str(error)) from None
     if manifest.is_sealed or 4 * weights.manifest.size != start + _ciphertext_bytes(manifest.size) + SIGNATURE_BYTES:
-        raise _refused("the sealed model has another length than it says")
+        raise refused("the sealed model has another length than it says")
     data = weights.vector.view(np.uint8).data
     _require_signed(header, data[start:-SIGNATURE_BYTES], bytes(data[-SIGNATURE_BYTES:]))
     out = np.empty(manifest.size, dtype=np.float32)
@@ -323,7 +323,7 @@ def unseal(weights: Weights, content: bytes) -> Weights:
         try:
             into[piece] = cipher.decrypt(nonce, data[start : start + size], header.core)
         except InvalidTag:
-            raise _refused("the sealed model was changed, or is another one") from None
+            raise refused("the sealed model was changed, or is another one") from None
         start += size
     return Weights(manifest, out)
 
@@ -341,7 +341,7 @@ def _require_signed(header: Header, ciphertext: memoryview, signature: bytes) ->
     try:
         Ed25519PublicKey.from_public_bytes(header.voice).verify(signature, body)
     except (InvalidSignature, ValueError):
-        raise _refused(f"{header.subject.sealer} has not signed the sealed model that came") from None
+        raise refused(f"{header.subject.sealer} has not signed the sealed model that came") from None
 
 
 def _statement(header: Header, digest: bytes) -> bytes:
@@ -350,14 +350,3 @@ def _statement(header: Header, digest: bytes) -> bytes:
 
 def _commitment(content: bytes) -> bytes:
     return derive(content, b"fedkit-sealed-commitment-1")
-
-
-def _agreed(private: PrivateKey, public: bytes, peer: str) -> bytes:
-    try:
-        return private.agree(public)
-    except PayloadError:
-        raise _refused(f"nobody can agree with a key of {peer}") from None
-
-
-def _refused(detail: str) -> Refused:
-    return Refused(Reason.ENCRYPTION, detail)

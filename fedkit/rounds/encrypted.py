@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fedkit.aggregation import Fold
 from fedkit.config import Participation
 from fedkit.crypto.ceremony import BoxKey, Ceremony, Delivery, Handover, refused
 from fedkit.crypto.chunks import Scheme
@@ -23,33 +22,16 @@ from fedkit.errors import BelowThreshold, Reason, RoundLost
 from fedkit.rounds.assignment import MaskStep, Parcel
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.layout import words_manifest
-from fedkit.rounds.masked import Ask, Asked, Refuse, RepliesFold, Take, ask_each
+from fedkit.rounds.masked import Ask, Asked, Refuse, RepliesFold, Take, VectorsFold, ask_each
 from fedkit.weights import Weights
-from fedkit.work import Update
 
-__all__ = ["Add", "EncryptedSum", "UploadsFold"]
+__all__ = ["Add", "EncryptedSum"]
 
 _KEYHOLDERS = 3  # that are tried
 _OPENERS = 2  # who must say the same
 _MOST_OPENERS = 5  # that are asked
 
 Add: TypeAlias = Callable[[Scheme, bytes, int, Mapping[str, Weights]], Awaitable[tuple[Words, dict[str, str]]]]
-
-
-class UploadsFold(Fold[Update]):
-    """Keeps what each client sends, by name, in files where it lies there."""
-
-    def __init__(self, cohort: Collection[str]) -> None:
-        super().__init__(cohort)
-        self.kept: dict[str, Weights] = {}
-
-    def _fold(self, client: str, answer: Update | None) -> None:
-        if answer is not None:
-            self.kept[client] = answer.weights
-        super()._fold(client, answer)
-
-    def accumulate(self, answer: Update) -> None:
-        """Nothing is added up."""
 
 
 class EncryptedSum:
@@ -78,9 +60,9 @@ class EncryptedSum:
         """The sum of all whose vectors came under `rule`, and who they are."""
         self._deadline_s = rule.deadline_s
         handover, holders = await self._holders(cohort)
-        uploads = UploadsFold(holders)
+        uploads = VectorsFold(holders)
         await self._ask(Asked("encrypt", dict.fromkeys(holders, to_mapping(holders)), uploads, rule))
-        total, bad = await self._add(self._ceremony.scheme, handover.fingerprint, self._values, uploads.kept)
+        total, bad = await self._add(self._ceremony.scheme, handover.fingerprint, self._values, uploads.vectors)
         for name, why in bad.items():
             self._refuse(Refusal(name, Reason.ENCRYPTION, why))
         names = tuple(sorted(uploads.kept.keys() - bad))
@@ -150,11 +132,11 @@ class EncryptedSum:
         """What two members say that the sum is, bit for bit."""
         said: list[Words] = []
         for group in self._groups(sorted(attested)):
-            fold = UploadsFold(group)
+            fold = VectorsFold(group)
             rule = Participation(quorum=1, deadline_s=self._deadline_s)
             await self._ask(Asked("open", dict.fromkeys(group, to_mapping(attested)), fold, rule, total))
             for name in sorted(fold.kept):
-                words = fold.kept[name].vector.view(np.uint32)
+                words = fold.vectors[name].vector.view(np.uint32)
                 if any(np.array_equal(words, other) for other in said):
                     return words
                 said.append(words)

@@ -202,7 +202,7 @@ class JournaledFederation(SecureSums):
                 question = self._ask(work, "reply", Parcel(NO_MODEL), self.clients, sealing=Sealing())
                 alone = Participation(quorum=1, deadline_s=rule.deadline_s)
                 await self._group(question, fold, alone, optional=True)
-                self.now.boxes = hops.boxes(fold.replies, self.now.refusals.append)
+                self.now.boxes = hops.boxes(fold.messages, self.now.refusals.append)
             return self.now.boxes
 
     def _require_open(self, model: Weights, then: Sequence[str]) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from fedkit.config import Privacy
 from fedkit.crypto.box import about_run, require_boxes
-from fedkit.crypto.ceremony import BoxKey
+from fedkit.crypto.ceremony import BoxKey, refused
 from fedkit.crypto.sealing import SealedModel, Subject, header_of, manifest_of
-from fedkit.errors import ConfigError, PayloadError, Reason, Refused
+from fedkit.errors import ConfigError, PayloadError, Refused
 from fedkit.rounds.assignment import Sealing
 from fedkit.rounds.call import Refusal
 from fedkit.weights import Manifest, Weights
@@ -77,8 +77,8 @@ class SealedHops:
         for name in sorted(replies):
             try:
                 found[name] = self.box_of(name, replies[name])
-            except Refused as refused:
-                refuse(Refusal(name, refused.reason, refused.detail))
+            except Refused as why:
+                refuse(Refusal(name, why.reason, why.detail))
         return found
 
     def box_of(self, name: str, reply: bytes) -> BoxKey:
@@ -86,10 +86,10 @@ class SealedHops:
         try:
             box = BoxKey.from_bytes(reply)
         except PayloadError as error:
-            raise Refused(Reason.ENCRYPTION, str(error)) from None
+            raise refused(str(error)) from None
         require_boxes(self.run, [box], self.members)
         if box.name != name:
-            raise Refused(Reason.ENCRYPTION, f"{name} speaks for {box.name}")
+            raise refused(f"{name} speaks for {box.name}")
         return box
 
     def sealing(self, client: str, then: Sequence[str], boxes: Mapping[str, BoxKey]) -> Sealing:
@@ -98,7 +98,7 @@ class SealedHops:
         All are the round's clients, who score what stands, and the owner. Raises `Refused` where a key is missing.
         """
         if client not in boxes:
-            raise Refused(Reason.ENCRYPTION, f"{client} has given no box key in this round")
+            raise refused(f"{client} has given no box key in this round")
         chosen = [boxes[name] for name in then if name in boxes][:AHEAD]
         if len(chosen) < AHEAD:
             chosen = [*boxes.values(), *self._owner(boxes)]
@@ -111,8 +111,7 @@ class SealedHops:
         if self.owner is None or self.owner in boxes:
             return
         if self.box is None:
-            raise Refused(
-                Reason.ENCRYPTION,
+            raise refused(
                 f"the owner {self.owner} does not attend, and its box key was not sent: begin the run with the owner's "
                 "identity and roster (fedkit run --identity FOLDER --roster ROSTER.json)",
             )
@@ -124,11 +123,11 @@ class SealedHops:
         try:
             about, names = found.header.subject, found.header.names
         except PayloadError as error:
-            raise Refused(Reason.ENCRYPTION, str(error)) from None
+            raise refused(str(error)) from None
         if (about.run, about.asked, about.sealer) != (self.run, asked, client):
-            raise Refused(Reason.ENCRYPTION, f"{client} sends a model that was not sealed for this hop")
+            raise refused(f"{client} sends a model that was not sealed for this hop")
         if names != {one.name for one in sealing.boxes}:
-            raise Refused(Reason.ENCRYPTION, f"{client} has sealed its model for others than it was asked to")
+            raise refused(f"{client} has sealed its model for others than it was asked to")
         found.header.check(self.run, -1, self.members)
         return found
 

@@ -1,4 +1,4 @@
-"""How an answer is put into whole numbers for a masked sum, and how their sum is read."""
+"""How an answer is put into numbers for a secure sum, and how their sum is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fedkit.aggregation import Mean, Total
 from fedkit.config import Privacy
 from fedkit.crypto import bfv, ckks
-from fedkit.crypto.chunks import FULL_BYTES, SEEDED_BYTES, Scheme, chunks_for
+from fedkit.crypto.chunks import Scheme, words_of_upload
 from fedkit.crypto.ring import FULL_WEIGHT, FixedPoint, Floats, Integers, Reals, Ring, Words, weight_of
 from fedkit.errors import ConfigError, PayloadError, Reason, Refused, SumSpoiled
 from fedkit.rounds.noise import LEAST_RATE, SharedNoise
@@ -26,7 +26,6 @@ __all__ = ["Layout", "Secrecy", "Secret", "words_manifest"]
 Secrecy: TypeAlias = Literal["masked", "bfv", "ckks"]
 
 _MOST_BITS = 24  # as many as float32 holds
-_WORD_BYTES = 4
 _CKKS_BITS = 16  # of the whole numbers beside a CKKS mean: few enough that its error never moves one
 _EXACT = 3  # of a mean: loss times rows, rows with a loss, all rows
 _TAIL = 11  # standard deviations, beyond which noise of so large a rate is with a probability below 2^-78
@@ -134,12 +133,7 @@ class Layout:
     @property
     def sent(self) -> int:
         """How many words of 32 bits one client sends."""
-        return self.words if self.scheme == "masked" else chunks_for(self.words) * SEEDED_BYTES // _WORD_BYTES
-
-    @property
-    def summed(self) -> int:
-        """How many words of 32 bits an encrypted sum has."""
-        return chunks_for(self.words) * FULL_BYTES // _WORD_BYTES
+        return self.words if self.scheme == "masked" else words_of_upload(self.words)
 
     @property
     def opened(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -25,47 +25,54 @@ from fedkit.rounds.layout import Layout
 from fedkit.rounds.seat import letter
 from fedkit.spool import Spooled
 from fedkit.weights import Vector, Weights
-from fedkit.work import Reply, Update
+from fedkit.work import Answer, Reply, Update
 
-__all__ = ["Ask", "Asked", "MaskedSum", "Refuse", "RepliesFold", "Take", "WordsFold", "ask_each"]
+__all__ = ["Ask", "Asked", "EachFold", "MaskedSum", "Refuse", "RepliesFold", "Take", "VectorsFold", "ask_each"]
+
+A = TypeVar("A", bound=Answer)
 
 _BLOCK = 1 << 18  # words that are read of one client at a time
 
 
-class RepliesFold(Fold[Reply]):
-    """Keeps what each client says in one step."""
+class EachFold(Fold[A]):
+    """Keeps what each client answers to one step, by name; vectors stay in files where they lie there."""
 
     def __init__(self, cohort: Collection[str]) -> None:
         super().__init__(cohort)
-        self.replies: dict[str, bytes] = {}
+        self.kept: dict[str, A] = {}
 
-    def _fold(self, client: str, answer: Reply | None) -> None:
+    def _fold(self, client: str, answer: A | None) -> None:
         if answer is not None:
-            self.replies[client] = answer.message
+            self.kept[client] = answer
         super()._fold(client, answer)
 
-    def accumulate(self, answer: Reply) -> None:
+    def accumulate(self, answer: A) -> None:
         """Nothing is added up."""
 
 
-class WordsFold(Fold[Update]):
-    """Keeps masked vectors, in files where they lie there, and adds them up block by block."""
+class RepliesFold(EachFold[Reply]):
+    """Of a step that is answered by what members say."""
 
-    def __init__(self, cohort: Collection[str], words: int) -> None:
-        super().__init__(cohort)
-        self._words = words
-        self._kept: list[Weights] = []
+    @property
+    def messages(self) -> dict[str, bytes]:
+        """What they say, by name."""
+        return {name: reply.message for name, reply in self.kept.items()}
 
-    def accumulate(self, answer: Update) -> None:
-        """Keeps one."""
-        self._kept.append(answer.weights)
 
-    def total(self) -> Words:
-        """The exact sum modulo 2^32 of all that were kept."""
-        total = np.zeros(self._words, dtype=np.uint32)
-        scratch = np.empty(min(_BLOCK, self._words), dtype=np.float32)
-        for weights in self._kept:
-            for start in range(0, self._words, _BLOCK):
+class VectorsFold(EachFold[Update]):
+    """Of a step that is answered by vectors."""
+
+    @property
+    def vectors(self) -> dict[str, Weights]:
+        """The vectors, by name."""
+        return {name: update.weights for name, update in self.kept.items()}
+
+    def total(self, size: int) -> Words:
+        """The exact sum modulo 2^32 of all that were kept, block by block; they have `size` words each."""
+        total = np.zeros(size, dtype=np.uint32)
+        scratch = np.empty(min(_BLOCK, size), dtype=np.float32)
+        for weights in self.vectors.values():
+            for start in range(0, size, _BLOCK):
                 into = total[start : start + _BLOCK]
                 np.add(into, _words(weights, start, scratch[: len(into)]), out=into)
         return total
@@ -102,9 +109,9 @@ async def ask_each(ask: Ask, refuse: Refuse, asked: Asked, take: Take) -> None:
     """Asks one step, and takes the replies; a bad one costs its sender its part, on record."""
     await ask(asked)
     assert isinstance(asked.fold, RepliesFold)  # the step is answered by replies
-    for name, reply in asked.fold.replies.items():
+    for name, message in asked.fold.messages.items():
         try:
-            take(name, reply)
+            take(name, message)
         except Refused as refused:
             refuse(Refusal(name, refused.reason, refused.detail))
         except PayloadError as error:
@@ -145,12 +152,12 @@ class MaskedSum:
 
     async def _vectors(self, layout: Layout, rule: Participation) -> Words:
         sharers = self._sum.close_shares()
-        fold = WordsFold(sharers, layout.words)
+        fold = VectorsFold(sharers)
         messages = {name: letter(sharers, self._sum.inbox(name)) for name in sharers}
         await self._ask(Asked("vector", messages, fold, rule))
         for name in fold.clients:
             self._sum.deliver(name, layout.words)
-        total: Words = await self._aside(fold.total)
+        total: Words = await self._aside(lambda: fold.total(layout.words))
         return total
 
     async def _each(self, step: MaskStep, messages: Mapping[str, bytes], rule: Participation, take: Take) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedkit.crypto.box import Box
+from fedkit.crypto.ceremony import refused
 from fedkit.crypto.messages import DIGEST_BYTES
 from fedkit.crypto.sealing import Header, Stamp, Subject, header_of, manifest_of, seal, sealed_words, unseal
 from fedkit.errors import PayloadError, Reason, Refused
@@ -94,7 +95,7 @@ def letters_for(assignment: Assignment, parcel: Parcel, box: Box | None) -> Lett
         return Letters()
     mine, at = _required(box), (assignment.run, assignment.round)
     if is_sealed and sealing is None and not isinstance(assignment.work, Evaluate):
-        raise _refused("a sealed model is trained on its way to others, and then sealed again, or scored: nothing else")
+        raise refused("a sealed model is trained on its way to others, and then sealed again, or scored: nothing else")
     contents = {_MODEL: mine.content_key(parcel.model, *at)} if is_sealed else {}
     header = header_of(parcel.model) if is_sealed else None
     plain = parcel.model.manifest if header is None else _manifest_in(header)
@@ -105,7 +106,7 @@ def letters_for(assignment: Assignment, parcel: Parcel, box: Box | None) -> Lett
     if sealing is None:
         return Letters(contents)
     if not isinstance(assignment.work, Fit) or assignment.returns != "weights" or not sealing.boxes:
-        raise _refused("what is to be sealed is the model after a hop, for one recipient at least")
+        raise refused("what is to be sealed is the model after a hop, for one recipient at least")
     parents = _parents(assignment.client, parcel.model, header, before)
     subject = Subject(*at, assignment.id, assignment.client, plain.to_json(), parents)
     if manifest_of(subject, [one.name for one in sealing.boxes], plain.size).size != sealing.words:
@@ -129,7 +130,7 @@ def _require_parent(model: Weights, header: Header | None, before: Weights | Non
     if before is None or before.digest == model.digest:
         return
     if header is None or not header.subject.comes_from(before.digest):
-        raise _refused("the model that came to be compared with is not the one before")
+        raise refused("the model that came to be compared with is not the one before")
 
 
 def _parents(client: str, model: Weights, header: Header | None, before: Weights | None) -> bytes:
@@ -144,14 +145,10 @@ def _manifest_in(header: Header) -> Manifest:
     try:
         return Manifest.from_json(header.subject.manifest)
     except PayloadError as error:
-        raise _refused(str(error)) from None
+        raise refused(str(error)) from None
 
 
 def _required(box: Box | None) -> Box:
     if box is None:
-        raise _refused("sealed hops are between members of this site's roster: give --roster, --identity")
+        raise refused("sealed hops are between members of this site's roster: give --roster, --identity")
     return box
-
-
-def _refused(detail: str) -> Refused:
-    return Refused(Reason.ENCRYPTION, detail)

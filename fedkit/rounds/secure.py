@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
@@ -92,14 +93,8 @@ class SecureSums(Asking):
         return 1.0 if counted is None or not counted.clients else counted.examples / len(counted.clients)
 
     def _cap(self) -> int:
-        """The rows from which a client's weight does not grow any more: four times as many as clients have on average.
-
-        Round 0 has counted them.
-        """
-        counted = next(iter(self.journal.history()), None)
-        if counted is None or not counted.clients:
-            return 1
-        return max(-(-4 * counted.examples // len(counted.clients)), 1)
+        """The rows from which a client's weight grows no more: four times as many as clients have on average."""
+        return max(math.ceil(4 * self._rows_each()), 1)
 
     async def _secret_sum(
         self,
@@ -110,7 +105,7 @@ class SecureSums(Asking):
         rule: Participation,
         clip: Clip | None = None,
     ) -> tuple[Words, tuple[str, ...]]:
-        """The opened sum of the cohort's masked words, and whose they are; scores may be those of nobody."""
+        """The opened sum of the cohort's words, and whose they are."""
         base = self._ask(work, "words", parcel, cohort, clip)
         first = Masking(base.key, "advertise" if layout.scheme == "masked" else "offer", layout)
         member = replace(base.assignment(base.cohort[0]), masking=first)

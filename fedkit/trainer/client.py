@@ -7,6 +7,7 @@ from typing import Protocol
 
 from fedkit.crypto.box import Box
 from fedkit.crypto.encrypted import SecretKey
+from fedkit.crypto.holder import require_kept
 from fedkit.errors import DataError, IncompatibleStrategy, Reason, Refused
 from fedkit.privacy.accounting import Tally, epsilon_of, rdp_of
 from fedkit.privacy.plan import Planned
@@ -129,7 +130,7 @@ class LocalClient:
             answer, state = self._worked(assignment, letters.open(parcel))
             return letters.close(answer), state
         if self._seat is None:
-            raise Refused(Reason.MASKING, f"{self.name} has no seat in masked sums")
+            raise Refused(Reason.MASKING, f"{self.name} has no seat in secure sums")
         left = self._sums.get(masking.call)
         if masking.step not in WORDS_STEPS:
             secret = SecretKey.make(masking.layout.encryption) if masking.step == "deliver" else None
@@ -149,8 +150,8 @@ class LocalClient:
 
     def _vow(self, vow: tuple[bytes, bytes] | None) -> None:
         """Raises `Refused` where another sum of the same round was signed before."""
-        if vow is not None and self._vows.setdefault(*vow) != vow[1]:
-            raise Refused(Reason.ENCRYPTION, "another sum of that round was signed before")
+        if vow is not None:
+            require_kept(vow[1], self._vows.setdefault(*vow))
 
     def _worked(self, assignment: Assignment, parcel: Parcel) -> tuple[Answer, ClientState]:
         try:

@@ -12,10 +12,10 @@ import pytest
 import fedkit
 from fedkit.crypto import seal
 from fedkit.crypto.chunks import SEEDED_BYTES, TAG_BYTES
-from fedkit.errors import ConfigError, IncompatibleStrategy, Reason, Refused
+from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.rounds.assignment import Assignment, MaskStep, Parcel
 from fedkit.rounds.conduct import Outcome
-from fedkit.strategies import CyclicWeightTransfer, FedAvg, FedAvgM, FedBuff, FedSGD, Krum, Scaffold
+from fedkit.strategies import FedAvg, FedAvgM, FedSGD, Scaffold
 from fedkit.strategy import Strategy
 from fedkit.testing import Crash, Fuse, InMemoryFederation, toy_task
 from fedkit.weights import Weights
@@ -286,21 +286,6 @@ def test_a_crash_at_any_step_changes_neither_the_model_nor_the_work_done(keep_an
 
 
 # -- what cannot be ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("strategy", "said"),
-    [
-        (Krum(), "aggregation bfv and Krum: it needs single updates"),
-        (CyclicWeightTransfer(), "CyclicWeightTransfer: it needs one client's model"),
-        (FedBuff(), "FedBuff: it needs updates one by one"),
-        (FedAvg(participation=fedkit.Participation(fraction=0.2)), "at least 3 clients, and FedAvg may ask 1"),
-        (FedAvg(participation=fedkit.Participation(max_update_norm=1.0)), "max_update_norm"),
-    ],
-)
-def test_what_needs_more_than_a_sum_is_refused_naming_both(strategy: Strategy, said: str) -> None:
-    with pytest.raises(IncompatibleStrategy, match=said):
-        fedkit.simulate(toy_task(), strategy, clients=CLIENTS, privacy=BFV, progress=False)
 
 
 def test_a_cohort_whose_noise_leaves_no_room_is_refused() -> None:

@@ -20,9 +20,10 @@ from fedkit.crypto.holder import Announced
 from fedkit.crypto.masks import packed
 from fedkit.errors import ConfigError, RoundAbandoned, RunFailed
 from fedkit.rounds.assignment import Parcel
-from fedkit.rounds.encrypted import EncryptedSum, UploadsFold
-from fedkit.rounds.masked import Asked, RepliesFold
-from fedkit.strategies import FedAvg, FedSGD, Scaffold
+from fedkit.rounds.encrypted import EncryptedSum
+from fedkit.rounds.federation import JournaledFederation
+from fedkit.rounds.masked import Asked, RepliesFold, VectorsFold
+from fedkit.strategies import FedAvg
 from fedkit.weights import Weights
 from tests.network import steps
 from tests.network.hatchery import Hatched
@@ -30,9 +31,12 @@ from tests.network.test_masked import (
     _SOMEBODY,
     CLIENTS,
     FIT,
+    SCORED,
+    STRATEGIES,
     Lying,
     killed_at,
     no_secret_is_kept,
+    same_as_simulated,
     simulated,
     started,
     trained,
@@ -56,22 +60,11 @@ def opened(federation: Hatched, name: str) -> list[dict[str, Any]]:
     return [event for line in lines if (event := json.loads(line))["event"] == "sum opened"]
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [FedAvg(rounds=2, local=FIT), FedSGD(rounds=2, lr=0.1), Scaffold(rounds=2, local=FIT)],
-    ids=lambda strategy: type(strategy).__name__,
-)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: type(strategy).__name__)
 def test_network_and_simulation_give_the_bits_of_a_masked_run(federation: Hatched, strategy: fedkit.Strategy) -> None:
-    evaluate = fedkit.Evaluation(best="loss:min")
-    networked = trained(federation, strategy, evaluate=evaluate, privacy=BFV)
+    networked = trained(federation, strategy, evaluate=SCORED, privacy=BFV)
     for privacy in (BFV, MASKED):
-        expected = simulated(strategy, evaluate=evaluate, privacy=privacy)
-        assert networked.weights == expected.weights
-        assert [record.metrics for record in networked.history] == [record.metrics for record in expected.history]
-        assert [record.examples for record in networked.history] == [record.examples for record in expected.history]
-        assert networked.test == expected.test
-    assert not networked.test_per_client
-    assert [record.refusals for record in networked.history] == [()] * strategy.rounds
+        same_as_simulated(networked, strategy, privacy)
 
 
 def test_two_clients_open_each_sum_and_their_logs_name_it(federation: Hatched) -> None:
@@ -185,7 +178,7 @@ def test_what_was_not_announced_is_not_opened(lying: Lying, monkeypatch: pytest.
         false = Parcel(Weights(model.manifest, model.vector[::-1].copy()))
         signatures = dict.fromkeys(asked.messages, packed())
         for change in ({"parcel": false}, {"messages": signatures}):
-            one = replace(asked, fold=UploadsFold(list(asked.messages)), **change)  # type: ignore[arg-type]
+            one = replace(asked, fold=VectorsFold(list(asked.messages)), **change)  # type: ignore[arg-type]
             await ask(one)
             tried.append(tuple(one.fold.clients))
         await ask(asked)
@@ -204,8 +197,8 @@ def test_clients_that_are_sent_different_models_open_nothing(lying: Lying, monke
 
     async def split(found: EncryptedSum, ask: Any, asked: Asked) -> None:
         first, *others = sorted(asked.messages)
-        dead = replace(asked, messages={first: asked.messages[first]}, fold=UploadsFold([first]))
-        rest = replace(asked, messages={name: asked.messages[name] for name in others}, fold=UploadsFold(others))
+        dead = replace(asked, messages={first: asked.messages[first]}, fold=VectorsFold([first]))
+        rest = replace(asked, messages={name: asked.messages[name] for name in others}, fold=VectorsFold(others))
         model = found.parcel.model  # type: ignore[attr-defined]
         rest = replace(rest, parcel=Parcel(Weights.zeros(model.manifest)))
         await asyncio.gather(ask(dead), ask(rest))
@@ -220,8 +213,6 @@ def test_clients_that_are_sent_different_models_open_nothing(lying: Lying, monke
 
 def note_parcels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each sum knows what is sent to be worked on."""
-    from fedkit.rounds.federation import JournaledFederation
-
     inner = JournaledFederation._secret_sum
 
     async def summed(self: Any, work: Any, parcel: Any, *rest: Any) -> Any:

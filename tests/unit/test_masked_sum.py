@@ -28,7 +28,7 @@ from fedkit.crypto.messages import (
 from fedkit.crypto.shamir import SHARE_BYTES
 from fedkit.errors import BelowThreshold, ConfigError, PayloadError, Reason, Refused, SumSpoiled
 from fedkit.rounds.layout import words_manifest
-from fedkit.rounds.masked import WordsFold
+from fedkit.rounds.masked import VectorsFold
 from fedkit.spool import reopen
 from fedkit.trust.signing import public_of
 from fedkit.weights import Weights
@@ -264,7 +264,7 @@ def test_vectors_are_added_exactly_from_memory_and_from_files(tmp_path: Path) ->
     vectors = [draw.integers(0, 1 << 32, 300_003, dtype=np.uint32) for _ in range(3)]
     expected = sum(vector.astype(np.uint64) for vector in vectors) % (1 << 32)
     manifest = words_manifest(300_003)
-    in_memory, in_files = WordsFold("abc", 300_003), WordsFold("abc", 300_003)
+    in_memory, in_files = VectorsFold("abc"), VectorsFold("abc")
     for name, vector in zip("abc", vectors, strict=True):
         weights = Weights(manifest, vector.view(np.float32))
         in_memory.add(name, Update(weights, 0))
@@ -272,8 +272,8 @@ def test_vectors_are_added_exactly_from_memory_and_from_files(tmp_path: Path) ->
         found = reopen(tmp_path / name, manifest, {})
         assert found is not None
         in_files.add(name, Update(found[0], 0))
-    assert np.array_equal(in_memory.total(), expected)
-    assert np.array_equal(in_files.total(), expected)
+    assert np.array_equal(in_memory.total(300_003), expected)
+    assert np.array_equal(in_files.total(300_003), expected)
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
