@@ -113,7 +113,8 @@ def require_shared(strategy: Strategy, privacy: Privacy, clients: int) -> None:
     name, dp, rule = type(strategy).__name__, privacy.dp, strategy.participation
     assert dp is not None  # whoever shares noise has it
     if privacy.aggregation != "masked":
-        text = f"dp with noise='shared' and aggregation {privacy.aggregation}: whoever sees one client's answer sees it"
+        kind = f"dp with noise='shared' and aggregation {privacy.aggregation or 'plain'}"
+        text = f"{kind}: whoever sees one client's answer sees it"
         raise IncompatibleStrategy(f"{text} with a part of the noise: take aggregation='masked', or noise='local'")
     if dp.level == "example" and (strategy.uses != {"mean"} or not isinstance(strategy.local, Gradient)):
         text = f"dp with noise='shared' and {name}: noise that is shared goes on one sum of gradients, as in FedSGD"
