@@ -37,9 +37,10 @@ Add: TypeAlias = Callable[[Scheme, bytes, int, Mapping[str, Weights]], Awaitable
 class EncryptedSum:
     """Asks step after step. `members` are the roster's keys; what they have not signed is turned away here.
 
-    `add` is the transport's; `refuse` puts on record what costs a client its part. Raises
-    `BelowThreshold` where too few are left, which abandons the round; `RoundLost` where members have signed a sum that
-    cannot be opened: they sign no other one in this round.
+    `turn` says whose turn it is to make the key, and to open the sum: another one's each round and attempt, so that no
+    member can keep a round from its end by itself. `add` is the transport's; `refuse` puts on record what costs a
+    client its part. Raises `BelowThreshold` where too few are left, which abandons the round; `RoundLost` where members
+    have signed a sum that cannot be opened: they sign no other one in this round.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class EncryptedSum:
         told: Told,
         members: Mapping[str, str],
         values: int,
+        turn: int,
         ask: Ask,
         add: Add,
         refuse: Refuse,
     ) -> None:
         self._ceremony, self._told, self._members, self._values = ceremony, told, members, values
-        self._ask, self._add, self._refuse = ask, add, refuse
+        self._turn, self._ask, self._add, self._refuse = turn, ask, add, refuse
         self._deadline_s: float | None = None
 
     async def opened(self, cohort: Collection[str], rule: Participation) -> tuple[Words, tuple[str, ...]]:
@@ -149,8 +151,8 @@ class EncryptedSum:
         yield from ([name] for name in turns[_OPENERS:])
 
     def _turns(self, names: list[str]) -> list[str]:
-        """The names, beginning with another one each round."""
-        start = self._ceremony.session.round % len(names)
+        """The names, beginning with the one whose turn it is."""
+        start = self._turn % len(names)
         return [*names[start:], *names[:start]]
 
     async def _each(self, step: MaskStep, messages: Mapping[str, bytes], take: Take) -> None:

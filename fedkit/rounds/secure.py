@@ -120,7 +120,7 @@ class SecureSums(Asking):
                 masked = MaskedSum(Sum(session, told, members, layout.least), ask, self._aside, refuse)
                 return await masked.opened(base.cohort, layout, rule)
             ceremony = Ceremony(session, layout.encryption)
-            about = (ceremony, told, members, layout.words)
+            about = (ceremony, told, members, layout.words, self.round + self.now.opened.attempt)
             return await EncryptedSum(*about, ask, self.transport.add_up, refuse).opened(base.cohort, rule)
         except (BelowThreshold, RoundLost) as error:
             text = f"round {self.round}: {error}. {reasons_of(self.now.refusals)}".strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import fedkit
 from fedkit.crypto import seal
+from fedkit.crypto.ceremony import LETTER_BYTES, Delivery
 from fedkit.crypto.chunks import SEEDED_BYTES, TAG_BYTES
 from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.rounds.assignment import Assignment, MaskStep, Parcel
@@ -167,6 +169,24 @@ def test_another_member_makes_the_key_where_one_does_not() -> None:
     assert len(asked) == len(set(asked)) == 3
     assert outcome.weights == run(ONE).weights
     assert [refusal.reason for refusal in outcome.history[0].refusals] == [Reason.FAILED, Reason.ENCRYPTION]
+
+
+def test_a_member_that_makes_keys_nobody_can_open_costs_an_attempt_and_no_run() -> None:
+    """Nobody but the recipients sees that; it is another one's turn in the next attempt."""
+    liars: set[str] = set()
+
+    def spoil(assignment: Assignment, answer: Answer) -> Answer:
+        liars.add(assignment.client)
+        delivery = Delivery.from_bytes(answer.message) if isinstance(answer, Reply) else None
+        if delivery is None or liars != {assignment.client}:
+            return answer
+        return Reply(replace(delivery, letters=dict.fromkeys(delivery.letters, bytes(LETTER_BYTES))).to_bytes())
+
+    here = faulty("deliver", spoil, *CLIENTS)
+    outcome = run(ONE, here)
+    assert len(liars) == 2
+    assert [(record.attempt, record.stands) for record in outcome.history] == [(2, True)]
+    assert outcome.history[0].clients == tuple(CLIENTS)
 
 
 def flipped(assignment: Assignment, answer: Answer) -> Answer:

@@ -116,13 +116,13 @@ def lie(monkeypatch: pytest.MonkeyPatch, step: str, tell: Tell) -> None:
     init: Any = EncryptedSum.__init__
 
     def lying_init(
-        self: EncryptedSum, ceremony: Any, told: Any, members: Any, values: int, ask: Any, *rest: Any
+        self: EncryptedSum, ceremony: Any, told: Any, members: Any, values: int, turn: int, ask: Any, *rest: Any
     ) -> None:
         async def asked_so(asked: Asked) -> None:
             is_meant = asked.step == step and ceremony.session.round > 1  # round 0 has other sums
             await (tell(self, ask, asked) if is_meant else ask(asked))
 
-        init(self, ceremony, told, members, values, asked_so, *rest)
+        init(self, ceremony, told, members, values, turn, asked_so, *rest)
 
     monkeypatch.setattr(EncryptedSum, "__init__", lying_init)
 
