@@ -29,7 +29,15 @@ from typing import TypeAlias
 
 import torch
 
-__all__ = ["ACTIVATION_LEVELS", "WEIGHT_LEVELS", "Levels", "activation_params", "quantized", "weight_scales"]
+__all__ = [
+    "ACTIVATION_LEVELS",
+    "WEIGHT_LEVELS",
+    "Levels",
+    "activation_params",
+    "dequantized",
+    "quantized",
+    "weight_scales",
+]
 
 Levels: TypeAlias = tuple[int, int]
 
@@ -62,7 +70,12 @@ def quantized(
     values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, levels: Levels = ACTIVATION_LEVELS
 ) -> torch.Tensor:
     """The whole numbers that `values` become, as float32; `scale` and `zero_point` are broadcast over them."""
-    return ((values.float() / scale).round() + zero_point).clamp(*levels)
+    return (values.float() / scale).round_().add_(zero_point).clamp_(*levels)
+
+
+def dequantized(whole: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """The float32 values that whole numbers stand for."""
+    return (whole - zero_point) * scale
 
 
 def _scale(width: torch.Tensor, levels: Levels) -> tuple[torch.Tensor, torch.Tensor]:

@@ -203,14 +203,28 @@ class Strategy(Settings, frozen=False):
         if rule.quorum is not None and rule.quorum < self.least:
             few = f"participation.quorum={rule.quorum} would make a round of fewer: raise it, or leave it out"
             raise IncompatibleStrategy(f"{name} needs {self.least} answers in a round, and {few}")
-        if isinstance(self.local, Fit) and self.local.gate is not None:
+        if isinstance(self.local, Fit):
+            self._check_fit(self.local)
+        if task.train is not None:
+            self._check_loop(task)
+
+    def _check_fit(self, fit: Fit) -> None:
+        name = type(self).__name__
+        if fit.gate is not None:
             raise IncompatibleStrategy(
                 f"a gate belongs to a strategy that hands the model on, not to {name}'s local work"
             )
-        if task.train is None:
-            return
+        if fit.quantize_from is not None and fit.quantize_from > self.rounds:
+            rounds = f"{self.rounds} round{'s' * (self.rounds > 1)}"
+            raise IncompatibleStrategy(
+                f"local.quantize_from={fit.quantize_from} would never begin: {name} makes {rounds} here"
+            )
+
+    def _check_loop(self, task: Task) -> None:
         if isinstance(self.local, Gradient):
-            raise IncompatibleStrategy(f"{name} asks for gradients, and {task.name} has its own train loop: use FedAvg")
+            raise IncompatibleStrategy(
+                f"{type(self).__name__} asks for gradients, and {task.name} has its own train loop: use FedAvg"
+            )
         if self.local.proximal or self.local.control_variates:
             raise IncompatibleStrategy(
                 f"proximal and control_variates change the built-in loop, and {task.name} has its own train loop"

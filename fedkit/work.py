@@ -44,8 +44,10 @@ class Fit(Settings):
 
     `lr` overrides the rate of the task's optimiser. `proximal` is FedProx's mu: the loss gains mu/2 ||w - received||²
     (Li et al. 2020, eq. 2). `control_variates` corrects each gradient by c - c_i (SCAFFOLD, Karimireddy et al. 2020).
-    `mixed_precision` trains in bfloat16 autocast on CUDA and changes nothing elsewhere. `gate` is set by
-    `Federation.hop`: what the received model must keep to before it is trained on.
+    `mixed_precision` trains in bfloat16 autocast on CUDA and changes nothing elsewhere. From round `quantize_from` on,
+    the model learns with the rounding of 8-bit weights and activations (quantisation-aware training,
+    `fedkit.trainer.quantized`); what travels stays float32. `gate` is set by `Federation.hop`: what the received model
+    must keep to before it is trained on.
     """
 
     epochs: PositiveInt | None = None
@@ -55,6 +57,7 @@ class Fit(Settings):
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     control_variates: bool = False
     mixed_precision: bool = False
+    quantize_from: PositiveInt | None = None
     gate: Gate | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +71,10 @@ class Fit(Settings):
         """How many steps it makes on so many rows: a pass has one a batch, of which the last may be short."""
         size = rows if self.batch_size == "all" else self.batch_size
         return self.steps or (self.epochs or 1) * -(-rows // max(size, 1))
+
+    def quantizes_in(self, round: int) -> bool:
+        """Whether 8-bit numbers are simulated in that round."""
+        return self.quantize_from is not None and round >= self.quantize_from
 
     def replace(self, **changes: object) -> Fit:
         """The same work with `changes`; naming `steps` drops `epochs`, and the reverse."""

@@ -292,7 +292,7 @@ class Sealing(_message.Message):
     def __init__(self, boxes: _Optional[_Iterable[bytes]] = ..., words: _Optional[int] = ...) -> None: ...
 
 class Fit(_message.Message):
-    __slots__ = ("epochs", "steps", "batch_size", "lr", "proximal", "control_variates", "mixed_precision", "gate")
+    __slots__ = ("epochs", "steps", "batch_size", "lr", "proximal", "control_variates", "mixed_precision", "gate", "quantize_from")
     EPOCHS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -301,6 +301,7 @@ class Fit(_message.Message):
     CONTROL_VARIATES_FIELD_NUMBER: _ClassVar[int]
     MIXED_PRECISION_FIELD_NUMBER: _ClassVar[int]
     GATE_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZE_FROM_FIELD_NUMBER: _ClassVar[int]
     epochs: int
     steps: int
     batch_size: int
@@ -309,7 +310,8 @@ class Fit(_message.Message):
     control_variates: bool
     mixed_precision: bool
     gate: Gate
-    def __init__(self, epochs: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., lr: _Optional[float] = ..., proximal: _Optional[float] = ..., control_variates: _Optional[bool] = ..., mixed_precision: _Optional[bool] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ...) -> None: ...
+    quantize_from: int
+    def __init__(self, epochs: _Optional[int] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., lr: _Optional[float] = ..., proximal: _Optional[float] = ..., control_variates: _Optional[bool] = ..., mixed_precision: _Optional[bool] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ..., quantize_from: _Optional[int] = ...) -> None: ...
 
 class Gate(_message.Message):
     __slots__ = ("max_norm", "max_ratio", "max_drop", "metric")

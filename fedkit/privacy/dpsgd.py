@@ -71,6 +71,8 @@ class PrivateSteps:
             raise IncompatibleStrategy("a gate sends what its site's own rows say of a model, which no noise covers")
         if work.mixed_precision:
             raise IncompatibleStrategy("mixed_precision measures gradients in bfloat16, too coarsely for a clip")
+        if work.quantize_from is not None:
+            raise IncompatibleStrategy("quantize_from ties each row's gradient to the ranges of its batch")
         return cls(noise_multiplier, max_grad_norm, work.batch_size, work.steps_on(rows), rows)
 
     @property

@@ -126,6 +126,11 @@ def require_private(strategy: Strategy, task: Task, module: nn.Module, dp: DP) -
         raise IncompatibleStrategy(f"dp and the gate of {name}: a gate tells what a site's own rows say of a model")
     if isinstance(strategy.local, Fit) and strategy.local.mixed_precision:
         raise IncompatibleStrategy("dp and mixed_precision: bfloat16 measures gradients too coarsely for a clip")
+    if isinstance(strategy.local, Fit) and strategy.local.quantize_from is not None:
+        raise IncompatibleStrategy(
+            "dp and quantize_from: a batch's range of activations ties each row's gradient to the other rows, which "
+            "no clip bounds; leave quantize_from out, or protect whole clients: DP(level='client')"
+        )
     if task.prepare is not None and task.prepare.query.bounds is None:
         raise IncompatibleStrategy(
             f"dp and the statistics of {task.name}: Standardize needs public bounds, or they would give rows away"

@@ -25,6 +25,7 @@ from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.task import Data, Task
 from fedkit.trainer.batches import all_rows, batches, fingerprint, row_count, shuffled, smallest_class, split_valid
 from fedkit.trainer.loop import Loop
+from fedkit.trainer.quantized import as_asked
 from fedkit.weights import Binding, Vector, Weights
 from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Steps, Summarize, Summary, Update
 
@@ -194,7 +195,8 @@ class Trainer:
     ) -> tuple[Update, ClientState]:
         received = {name: vector.copy() for name, vector in parcel.extra.items()}
         site = LocalSite(at.client, fit, self.device, state, received)
-        loss = self._train(stream, site, parcel, noisy)
+        with as_asked(fit, at.round, self._module):
+            loss = self._train(stream, site, parcel, noisy)
         state |= {_LOCAL + name: _array(tensor) for name, tensor in self._binding.read_local().items()}
         result = self._binding.read() if at.returns == "weights" else self._binding.read_change(parcel.model)
         return Update(result, self.rows(at.client), loss, site.sent), state
