@@ -38,6 +38,7 @@ STRATEGIES = [
     FedAdam(rounds=3, local=FIT),
     FedYogi(rounds=3, local=FIT),
     FedAdagrad(rounds=3, local=FIT),
+    FedAvg(rounds=3, local=FIT.replace(quantize_from=2)),
     Scaffold(rounds=3, local=FIT),
     CoordinateMedian(rounds=3, local=FIT),
     NormClipping(rounds=3, local=FIT, max_norm=0.1),

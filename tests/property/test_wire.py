@@ -261,6 +261,7 @@ def fits(draw: st.DrawFn) -> Fit:
         "gate": gate,
         "control_variates": draw(st.booleans()),
         "mixed_precision": draw(st.booleans()),
+        "quantize_from": draw(st.none() | counts),
         "proximal": proximal,
     }
     return Fit(**chosen, batch_size=draw(sizes), lr=draw(rates), **rest)

@@ -226,7 +226,7 @@ def test_a_default_holds_no_state_that_two_instances_would_share():
     "value",
     [
         Fit(),
-        Fit(steps=3, batch_size="all", lr=0.1, proximal=0.5, control_variates=True),
+        Fit(steps=3, batch_size="all", lr=0.1, proximal=0.5, control_variates=True, quantize_from=2),
         Gradient(batch_size=8),
         Evaluate(split="test"),
         Summarize(query=Moments(bounds=[(0.0, 1.0), (-5.0, 5.0)])),

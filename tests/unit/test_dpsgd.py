@@ -143,6 +143,8 @@ def test_numbers_that_mean_nothing_are_refused(fields: dict[str, Any], said: str
 def test_work_that_cannot_be_private_is_refused() -> None:
     with pytest.raises(IncompatibleStrategy, match="bfloat16"):
         plan_of(Fit(mixed_precision=True))
+    with pytest.raises(IncompatibleStrategy, match="quantize_from ties each row"):
+        plan_of(Fit(quantize_from=1))
     with pytest.raises(IncompatibleStrategy, match="a gate"):
         plan_of(Fit(gate=Gate(max_norm=1.0)))
     with pytest.raises(ConfigError, match="Evaluate is not done in private steps"):

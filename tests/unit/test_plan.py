@@ -159,10 +159,11 @@ def test_statistics_are_a_part_of_what_a_run_costs() -> None:
         (FedBuff(rounds=2), None, "give DP\\(noise_multiplier"),
         (CyclicWeightTransfer(rounds=2, gate=Gate(max_norm=1.0)), None, "gate of CyclicWeightTransfer"),
         (FedAvg(local=Fit(mixed_precision=True)), None, "mixed_precision"),
+        (FedAvg(local=Fit(quantize_from=2)), None, "dp and quantize_from: a batch's range"),
         (FedAvg(), toy_task(prepare=fedkit.Standardize()), "needs public bounds"),
         (FedAvg(), toy_task(loss=None, train=lambda model, batches, site: None), "own train loop"),
     ],
-    ids=["asynchronous", "gate", "bfloat16", "statistics", "own loop"],
+    ids=["asynchronous", "gate", "bfloat16", "8 bits", "statistics", "own loop"],
 )
 def test_what_cannot_be_private_is_refused_before_anybody_is_asked(
     strategy: object, task: fedkit.Task | None, why: str
