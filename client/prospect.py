@@ -95,8 +95,6 @@ def _wishes(file: RunFile, strategy: Strategy, task: Task | None, aggregation: s
         shared = colluders if isinstance(work, Fit | Gradient) else None
         return Wish(*about, private=noised, colluders=shared, sealed=file.privacy.sealed and returns == "weights")
 
-    if task is not None and task.prepare is not None:
-        yield wish(Summarize(query=task.prepare.query), "sums", clients)
     if strategy.uses & {"mean", "updates"}:
         yield wish(local, "update", cohort)
     if "start" in strategy.uses:
@@ -104,9 +102,20 @@ def _wishes(file: RunFile, strategy: Strategy, task: Task | None, aggregation: s
     if "hop" in strategy.uses:
         gate = getattr(strategy, "gate", None)
         yield wish(local if gate is None else local.replace(gate=gate), "weights", 1)
+    for asked in _questions(file, strategy, task):
+        yield wish(asked, "sums", clients, noised=private and isinstance(asked, Summarize))
+
+
+def _questions(file: RunFile, strategy: Strategy, task: Task | None) -> Iterator[Work]:
+    """What is asked besides training."""
+    yield from strategy.asks()
+    if not strategy.trains:
+        return
+    if task is not None and task.prepare is not None:
+        yield Summarize(query=task.prepare.query)
     if file.evaluate is not None:
-        yield wish(Evaluate(), "sums", clients, noised=False)
-    yield wish(Evaluate(split="test"), "sums", clients, noised=False)
+        yield Evaluate()
+    yield Evaluate(split="test")
 
 
 def _noise(dp: DP | None) -> str:
@@ -131,5 +140,6 @@ def _words(work: Work) -> str:
     if isinstance(work, Gradient):
         return f"one gradient of {work.batch_size} rows"
     if isinstance(work, Evaluate):
-        return f"scores on {work.split} data"
+        what = "" if work.exam is None else f" of the model exported as {work.exam.variant}"
+        return f"scores{what} on {work.split} data"
     return f"{type(work.query).__name__.lower()} of the training data"

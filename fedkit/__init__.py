@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkit.config import DP, Evaluation, Participation, Privacy, Settings
 from fedkit.errors import FedkitError
+from fedkit.exam import Questions
 from fedkit.gate import Gate
 from fedkit.queries import Histogram, LabelCounts, Moments
 from fedkit.strategy import Federation, Strategy
@@ -17,6 +18,7 @@ from fedkit.work import Evaluate, Fit, Gradient, Summarize
 if TYPE_CHECKING:
     from fedkit.crypto.box import Owner
     from fedkit.crypto.sealing import SealedModel
+    from fedkit.deploy.settings import Export, Limits
     from fedkit.remote import connect
     from fedkit.result import Result
     from fedkit.rounds.journal import RoundRecord
@@ -29,6 +31,7 @@ __all__ = [
     "Data",
     "Evaluate",
     "Evaluation",
+    "Export",
     "Federation",
     "FedkitError",
     "Fit",
@@ -36,11 +39,13 @@ __all__ = [
     "Gradient",
     "Histogram",
     "LabelCounts",
+    "Limits",
     "Manifest",
     "Moments",
     "Owner",
     "Participation",
     "Privacy",
+    "Questions",
     "Result",
     "RoundRecord",
     "SealedModel",
@@ -58,6 +63,8 @@ __all__ = [
 
 # What runs things is loaded when it is first used, so that describing a task or a strategy stays quick.
 _LATER = {
+    "Export": "fedkit.deploy.settings",
+    "Limits": "fedkit.deploy.settings",
     "Owner": "fedkit.crypto.box",
     "Result": "fedkit.result",
     "RoundRecord": "fedkit.rounds.journal",

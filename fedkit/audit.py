@@ -6,7 +6,7 @@ stands one with the ending `.head`, which holds the number and digest of the las
 the end could not be told. Whoever can write both files can write another history: copy the head elsewhere now and then.
 
 Lines are written without flushing the disk: they outlive the process, and the last ones may be lost with the machine's
-power. What must not be lost is in the journal and the outbox.
+power, unless `flush` was called. What must not be lost is in the journal and the outbox.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from blake3 import blake3
 
+from fedkit.codec import flush_folder
 from fedkit.errors import StorageError, TrustError
 
 __all__ = ["AuditLog", "Verified", "verify"]
@@ -48,7 +49,7 @@ class AuditLog:
 
     A line that a crash cut short was no record yet, and is taken away. Where the head does not name the last line, nor
     the one before (a crash came between the two files), the log was changed meanwhile: the next line says so, and
-    `verify` will not pass over it.
+    `verify` will not pass over it. `last` is the last line that was there at first, empty in a new log.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,6 +60,7 @@ class AuditLog:
             self._head = os.open(_head_of(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             end = _end_of(self._file)
             self._line, self._digest = end.line, end.digest
+            self.last: Mapping[str, Any] = end.event
             noted = _noted(self._head)
         except OSError as error:
             raise _disk(path, error) from error
@@ -88,6 +90,15 @@ class AuditLog:
     def _mark(self) -> None:
         try:
             os.pwrite(self._head, f"{self._line:>20} {self._digest:<64}\n".encode().ljust(_HEAD_BYTES), 0)
+        except OSError as error:
+            raise _disk(self.path, error) from error
+
+    def flush(self) -> None:
+        """Flushes what was written to disk, so that it outlives a power loss too."""
+        try:
+            os.fsync(self._file)
+            os.fsync(self._head)
+            flush_folder(self.path.parent)
         except OSError as error:
             raise _disk(self.path, error) from error
 
@@ -165,6 +176,7 @@ class _End(NamedTuple):
     line: int
     digest: str
     previous: str
+    event: Mapping[str, Any]
 
 
 def _end_of(file: int) -> _End:
@@ -175,10 +187,10 @@ def _end_of(file: int) -> _End:
     if len(whole) < len(tail):
         os.ftruncate(file, size - len(tail) + len(whole))
     if not whole:
-        return _End(0, "", "")
+        return _End(0, "", "", {})
     try:
         last = json.loads(whole[:-1].rpartition(b"\n")[2])
-        return _End(int(last["line"]), str(last["digest"]), str(last["previous"]))
+        return _End(int(last["line"]), str(last["digest"]), str(last["previous"]), last)
     except (ValueError, TypeError, KeyError):
         raise StorageError("the audit log's last line is not one: move the file away, and keep it") from None
 

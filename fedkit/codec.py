@@ -22,7 +22,18 @@ from blake3 import blake3
 from fedkit.errors import PayloadError
 from fedkit.weights import Manifest, Weights
 
-__all__ = ["CHUNK_BYTES", "Decoder", "Header", "Limits", "encode", "load", "pieces", "save", "write_atomically"]
+__all__ = [
+    "CHUNK_BYTES",
+    "Decoder",
+    "Header",
+    "Limits",
+    "encode",
+    "flush_folder",
+    "load",
+    "pieces",
+    "save",
+    "write_atomically",
+]
 
 CHUNK_BYTES = 1 << 20
 _MAGIC = b"FEDKIT1\n"
@@ -176,10 +187,11 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview], 
     except BaseException:
         os.unlink(name)
         raise
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Flushes the names of a folder to disk, so that a rename in it outlives a power loss."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

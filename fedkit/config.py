@@ -10,7 +10,9 @@ import dataclasses
 import difflib
 import functools
 import re
+import tomllib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_type_hints
 
 import pydantic
@@ -34,6 +36,7 @@ __all__ = [
     "Settings",
     "explain",
     "parse",
+    "read_toml",
     "require_name",
     "worsening",
 ]
@@ -114,6 +117,16 @@ def parse(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
     except pydantic.ValidationError as error:
         raise ConfigError(explain(error, cls, where=where)) from None
     return found
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values in a TOML file; raises `ConfigError` where it cannot be read or is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
 
 
 def explain(error: pydantic.ValidationError, cls: type, *, where: str | None = None) -> str:

@@ -26,6 +26,7 @@ FedkitError
 ├── RemoteError            a coordinator answered something that makes no sense here
 │   └── Unreachable        a coordinator does not answer at all
 └── ExportError            the exported model does not do what the trained one does
+    └── NotAccepted        a model misses a criterion of its release
 
 CastWarning (a UserWarning): parameters that are not float32 travel as float32.
 RefusalWarning (a UserWarning): a client's own code failed, so the result was made without it.
@@ -34,6 +35,7 @@ RefusalWarning (a UserWarning): a client's own code failed, so the result was ma
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 __all__ = [
     "BelowThreshold",
@@ -49,6 +51,7 @@ __all__ = [
     "NameTaken",
     "NoSuchRun",
     "NonDeterministicStrategy",
+    "NotAccepted",
     "PayloadError",
     "Reason",
     "RefusalWarning",
@@ -208,6 +211,14 @@ class Unreachable(RemoteError):
 
 class ExportError(FedkitError):
     """The exported model is not written, or does not compute what the trained one does."""
+
+
+class NotAccepted(ExportError):
+    """A model misses criteria of its release, or was not measured for them; `verdicts` are those over all criteria."""
+
+    def __init__(self, text: str, verdicts: tuple[Any, ...] = ()) -> None:
+        super().__init__(text)
+        self.verdicts = verdicts
 
 
 class CastWarning(UserWarning):

@@ -10,16 +10,18 @@ from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field
 
-from fedkit.config import PositiveFloat, PositiveInt, Settings
+from fedkit.config import NotNegative, PositiveFloat, PositiveInt, Settings
 from fedkit.errors import ConfigError
 
-__all__ = ["Bound", "Questions", "Way", "number_key"]
+__all__ = ["VARIANTS", "Bound", "Exam", "Questions", "Variant", "Way", "number_key"]
 
+Variant: TypeAlias = Literal["fp32", "int8", "int8-dynamic", "fp16"]  # of an exported model
+VARIANTS: tuple[Variant, ...] = ("fp32", "int8", "int8-dynamic", "fp16")
 Way: TypeAlias = Literal[">=", "<="]
 GroupName = Annotated[str, Field(min_length=1, max_length=100)]
 
 _BOUND = re.compile(r"([^\s<>=:]{1,100})(>=|<=)([-+.0-9eE]{1,30})")
-_SLACK = 1e-6  # relative: 7 of 10 are 0.69999999 in float32, and meet a floor of 0.7
+_SLACK = 1e-6  # 7 of 10 are 0.69999999 in float32, and meet a floor of 0.7
 
 
 def number_key(value: float) -> str:
@@ -51,10 +53,10 @@ class Bound:
         return cls(found[1], ">=" if found[2] == ">=" else "<=", number)
 
     def holds(self, score: float | None) -> bool:
-        """Whether a score keeps to it, to a millionth; None and NaN never do."""
+        """Whether a score keeps to it, to a millionth of it or of one; None and NaN never do."""
         if score is None or math.isnan(score):
             return False
-        slack = _SLACK * max(abs(self.number), _SLACK)
+        slack = _SLACK * max(abs(self.number), 1.0)
         return score >= self.number - slack if self.way == ">=" else score <= self.number + slack
 
     def passes(self, scores: Mapping[str, float | None]) -> bool:
@@ -90,3 +92,21 @@ class Questions(Settings):
     def bounds(self) -> tuple[Bound, ...]:
         """The criteria, parsed."""
         return tuple(map(Bound.parse, self.criteria))
+
+
+class Exam(Settings):
+    """That scores are asked of an exported model, which each client makes by itself from the weights it is sent.
+
+    `graph` is the digest of the converted network. `noise`, `criteria` and `groups` are those of `Questions`; groups
+    are of test rows alone.
+    """
+
+    graph: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    variant: Variant = "fp32"
+    noise: NotNegative = 0.0
+    criteria: Annotated[tuple[str, ...], Field(max_length=32)] = ()
+    groups: Annotated[tuple[GroupName, ...], Field(max_length=64)] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses bounds that are not written as `str(Bound)`."""
+        Questions(criteria=self.criteria, groups=self.groups)

@@ -6,7 +6,6 @@ A wish that goes beyond it is refused before any data is touched, and never chan
 from __future__ import annotations
 
 import datetime as dt
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from fedkit.config import Fraction, Name, PositiveFloat, PositiveInt, Settings, parse
-from fedkit.errors import ConfigError, Reason, Refused
+from fedkit.config import Fraction, Name, PositiveFloat, PositiveInt, Settings, parse, read_toml
+from fedkit.errors import Reason, Refused
 from fedkit.rounds.assignment import Returns
 from fedkit.work import Evaluate, Fit, Gradient, Work, counts_rows
 
@@ -304,10 +303,4 @@ def refuse(objections: Sequence[Objection | None]) -> None:
 
 def read(path: Path) -> Policy:
     """The policy in a TOML file; raises `ConfigError`, which names the field and what would be right."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-    return parse(Policy, values, where=path.name)
+    return parse(Policy, read_toml(path), where=path.name)

@@ -16,15 +16,15 @@ import numpy.typing as npt
 from pydantic import Field
 
 from fedkit.config import PositiveInt, Settings
+from fedkit.ranges import SCALE, Ranges
 
-__all__ = ["Bounds", "Histogram", "LabelCounts", "Moments", "MomentsResult", "Query", "RowCount"]
+__all__ = ["Bounds", "Histogram", "LabelCounts", "Moments", "MomentsResult", "Query", "Ranges", "RowCount"]
 
 Bounds: TypeAlias = list[tuple[float, float]]
 Rows: TypeAlias = Iterable[
     tuple[npt.NDArray[Any], npt.NDArray[Any]]
 ]  # (features (n, f), targets (n, ...)) batch by batch
 
-SCALE = 1 << 20  # fixed-point steps of the interval between two bounds
 _LEAST_SPREAD = 0.05  # of the interval, where noise leaves it open
 _FLOAT = 1e-13  # of E[x²]: what float64 sums may lose, and less than float32 features can tell apart
 
@@ -89,12 +89,6 @@ class Moments(Settings):
         A row adds 1 to the count, and at most 1 to each of the 2 f sums: sqrt(1 + 2 f).
         """
         return math.sqrt(1 + 2 * len(self.bounds or []))
-
-    def noised(self, answer: npt.NDArray[Any], noise: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-        """The sums with `noise` added, which is in units of the interval; whole numbers again."""
-        units = np.concatenate([[1.0], np.full(len(answer) - 1, float(SCALE))])
-        whole: npt.NDArray[np.int64] = np.rint(answer + noise * units).astype(np.int64)
-        return whole
 
     def finish(self, total: npt.NDArray[Any], *, noised: bool = False) -> MomentsResult:
         """Mean and standard deviation from the sum over clients.
@@ -201,4 +195,4 @@ def _deviation(variance: npt.NDArray[np.float64], rounding: Any) -> npt.NDArray[
     return np.sqrt(np.where(variance <= rounding, 0.0, variance))
 
 
-Query: TypeAlias = Annotated[Moments | Histogram | LabelCounts | RowCount, Field(discriminator="kind")]
+Query: TypeAlias = Annotated[Moments | Histogram | LabelCounts | RowCount | Ranges, Field(discriminator="kind")]

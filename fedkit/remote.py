@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
 import random
 import re
@@ -47,6 +46,7 @@ from fedkit.rounds.conduct import Outcome
 from fedkit.rounds.journal import RoundRecord
 from fedkit.runfile import RunFile
 from fedkit.status import RunStatus, Status
+from fedkit.strategies import HandOver
 from fedkit.strategy import Strategy
 from fedkit.task import Task
 from fedkit.trust.certificates import Role
@@ -54,7 +54,7 @@ from fedkit.trust.diagnosis import diagnose
 from fedkit.trust.identity import Identity
 from fedkit.weights import Weights
 
-__all__ = ["Coordinator", "connect"]
+__all__ = ["Coordinator", "asking", "connect"]
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -296,11 +296,14 @@ class Coordinator:
         status = self.status(run).runs[0]
         known = task if isinstance(task, Task) else registry.find_task(task or status.task)
         message = self._ask("fetch_outcome", pb.RunRequest(run=run))
-        strategy = strategy or _strategy(status, message)
+        file = RunFile.from_json(message.run_file)
+        strategy = strategy or _strategy(status, file)
         outcome = self._outcome(run, message)
         if owner is not None:
             outcome = opened(outcome, owner.open)
-        return Result(known, trained(strategy, outcome), status.seed, _seen(outcome), outcome)
+        about: Any = {"name": run, "privacy": file.privacy, "evaluate": file.evaluate, "engine": "federation"}
+        ask = asking(self.address, self._peer.identity, known, status.seed)
+        return Result(known, trained(strategy, outcome), status.seed, _seen(outcome), outcome, **about, ask=ask)
 
     def _outcome(self, run: str, message: pb.Outcome) -> Outcome:
         history = [convert.record_from_proto(record) for record in message.history] or list(self.watch(run))
@@ -585,12 +588,21 @@ def _event(message: pb.RunEvent) -> RoundRecord | RunStatus:
     return convert.run_from_proto(message.state)
 
 
-def _strategy(status: RunStatus, message: pb.Outcome) -> Strategy:
-    try:
-        table = json.loads(message.strategy)
-    except ValueError:
-        raise PayloadError(f"the strategy of {status.name} is not JSON") from None
-    file = parse(RunFile, {"run": {"name": status.name}, "strategy": table})
+def asking(
+    address: str, identity: Identity | Path | None, task: str | Task, seed: int
+) -> Callable[[HandOver, Weights, Privacy], HandOver]:
+    """What hands a model over to the clients that attend a coordinator, in a run of its own."""
+
+    def ask(strategy: HandOver, model: Weights, privacy: Privacy) -> HandOver:
+        with connect(address, identity) as coordinator:
+            found = coordinator.run(task, strategy, seed=seed, init=model, privacy=privacy, progress=False).strategy
+        assert isinstance(found, HandOver)  # it is the strategy that was given
+        return found
+
+    return ask
+
+
+def _strategy(status: RunStatus, file: RunFile) -> Strategy:
     try:
         return file.build_strategy()
     except ConfigError as error:

@@ -7,15 +7,19 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from fedkit import codec
+from fedkit.config import Evaluation, Privacy, parse
+from fedkit.deploy.settings import Export, Quantize
 from fedkit.errors import ConfigError, Reason, RefusalWarning
+from fedkit.exam import Questions
+from fedkit.registry import find_strategy
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome
 from fedkit.rounds.journal import RoundRecord
@@ -23,7 +27,10 @@ from fedkit.strategy import Strategy
 from fedkit.task import Task
 from fedkit.weights import Weights
 
-__all__ = ["Result", "opened", "trained", "warn_of_failures"]
+if TYPE_CHECKING:
+    from fedkit.handover import Asked, Handed, Subject
+
+__all__ = ["Result", "load", "opened", "subject", "trained", "warn_of_failures"]
 
 
 def opened(outcome: Outcome, open: Callable[[Weights], Weights]) -> Outcome:
@@ -53,13 +60,21 @@ def warn_of_failures(outcome: Outcome) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """The end of a run, the same from `simulate` and from a real federation. `strategy` has its final state."""
+    """The end of a run, the same from `simulate` and from a real federation. `strategy` has its final state.
+
+    `ask` runs another strategy over the same clients, for the hand-over; None where that cannot be.
+    """
 
     task: Task
     strategy: Strategy
     seed: int
     clients: tuple[str, ...]
     outcome: Outcome
+    name: str = ""
+    privacy: Privacy = Privacy()
+    evaluate: Evaluation | None = None
+    engine: Literal["simulation", "federation"] = "simulation"
+    ask: Asked | None = field(default=None, repr=False, compare=False)
 
     @property
     def weights(self) -> Weights:
@@ -115,7 +130,11 @@ class Result:
         """Everything but the weights, as values JSON can hold."""
         best = self.outcome.best
         return {
+            "name": self.name or self.task.name,
             "task": self.task.name,
+            "engine": self.engine,
+            "privacy": self.privacy.to_dict(),
+            "evaluate": None if self.evaluate is None else self.evaluate.to_dict(),
             "strategy": {"name": type(self.strategy).__name__, **self.strategy.to_dict()},
             "seed": self.seed,
             "clients": list(self.clients),
@@ -140,11 +159,100 @@ class Result:
         codec.write_atomically(folder / "run.json", text.encode())
         return folder
 
-    def export(self, folder: Path | str, quantize: str = "none") -> Path:
-        """Writes `model.onnx` (float32, raw inputs, dynamic batch) and checks it; raises `ExportError`.
+    def export(
+        self,
+        folder: Path | str,
+        quantize: Quantize = "auto",
+        *,
+        best: bool = False,
+        settings: Export | None = None,
+        questions: Questions = Questions(),
+        key: Path | None = None,
+    ) -> Handed:
+        """Writes the signed bundle of the final model, or of the best round's: ONNX, its passport, a model card.
 
-        The weights are the final ones. ONNX Runtime must give what PyTorch gives.
+        What is quantised is calibrated, scored and examined by the run's clients. `settings` says more than `quantize`,
+        `questions` what the examination asks (`fedkit.deploy.acceptance`), `key` where the signing key is.
+
+        Raises `ConfigError`, `ModelSealed`, `ExportError` where ONNX Runtime does not give what PyTorch gives.
         """
-        from fedkit import deploy
+        from fedkit import handover
 
-        return deploy.export(self.model, self.task, folder, quantize=quantize).path
+        chosen = settings or Export(quantize=quantize)
+        return handover.hand_over(subject(self, best=best), folder, chosen, questions=questions, key=key)
+
+
+def subject(result: Result, *, best: bool = False) -> Subject:
+    """A run's result as the hand-over takes it."""
+    from fedkit.deploy.passport import RunFacts
+    from fedkit.handover import Subject
+
+    weights = result.best.weights if best else result.weights
+    weights.manifest.require_readable()
+    rounds = [record.round for record in result.history if record.stands]
+    run = RunFacts(
+        name=result.name or result.task.name,
+        seed=result.seed,
+        engine=result.engine,
+        rounds=len(result.history),
+        round=result.best.round if best else max(rounds, default=0),
+        best=best,
+        strategy=type(result.strategy).__name__,
+        settings=result.strategy.to_dict(),
+    )
+    return Subject(
+        task=result.task,
+        weights=weights,
+        module=result.module(weights),
+        run=run,
+        clients=result.clients,
+        history=result.history,
+        test=result.best.test if best else result.test,
+        test_per_client={} if best else result.test_per_client,
+        privacy=result.privacy,
+        criterion=None if result.evaluate is None else result.evaluate.best,
+        ask=None if result.privacy.sealed else result.ask,  # the coordinator must not see a sealed model
+    )
+
+
+def load(folder: Path, task: Task, ask: Callable[[Sequence[str], int], Asked | None]) -> Result:
+    """What `Result.save` wrote; `ask`, given clients and seed, makes what asks them again.
+
+    Raises `ConfigError` where the folder holds no run, or one of another task. The strategy has its settings, and no
+    state.
+    """
+    facts = folder / "run.json"
+    for path in (facts, folder / "model.fedkit"):
+        if not path.is_file():
+            raise ConfigError(f"{path} is not there: RUN must be a folder that fedkit simulate or run --out wrote")
+    try:
+        saved = json.loads(facts.read_text())
+        return _loaded(folder, saved, task, ask(saved["clients"], saved["seed"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{facts}: not what fedkit writes there: {error}") from None
+
+
+def _loaded(folder: Path, saved: dict[str, Any], task: Task, ask: Asked | None) -> Result:
+    if saved["task"] != task.name:
+        raise ConfigError(f"{folder} holds a run of {saved['task']}, not of {task.name}")
+    history, abandoned = (list(map(_record, saved[part])) for part in ("history", "abandoned"))
+    found, best = saved["best"], None
+    if found is not None:
+        best = Best(found["round"], codec.load(folder / "best.fedkit"), found["metrics"], found["test"])
+    weights, refusals = codec.load(folder / "model.fedkit"), tuple(map(_refusal, saved["refusals"]))
+    outcome = Outcome(weights, history, abandoned, saved["test"], saved["test_per_client"], best, refusals)
+    settings = dict(saved["strategy"])
+    strategy = parse(find_strategy(settings.pop("name")), settings, where="strategy")
+    privacy, rule = parse(Privacy, saved["privacy"], where="privacy"), saved["evaluate"]
+    evaluate = None if rule is None else parse(Evaluation, rule, where="evaluate")
+    about: Any = {"name": saved["name"], "privacy": privacy, "evaluate": evaluate, "engine": saved["engine"]}
+    return Result(task, strategy, saved["seed"], tuple(saved["clients"]), outcome, **about, ask=ask)
+
+
+def _record(fields: dict[str, Any]) -> RoundRecord:
+    tuples = {name: tuple(fields[name]) for name in ("clients", "scored")}
+    return RoundRecord(**(fields | tuples | {"refusals": tuple(map(_refusal, fields["refusals"]))}))
+
+
+def _refusal(fields: dict[str, Any]) -> Refusal:
+    return Refusal(fields["client"], Reason(fields["reason"]), fields["detail"])

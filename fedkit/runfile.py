@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 from pydantic import Field
 
 from fedkit import registry
-from fedkit.config import Evaluation, Name, PositiveInt, Privacy, Settings, parse
+from fedkit.config import Evaluation, Name, PositiveInt, Privacy, Settings, parse, read_toml
+from fedkit.deploy.settings import Export
 from fedkit.errors import ConfigError
 from fedkit.strategy import Strategy
 
@@ -41,12 +41,16 @@ class SimulationSection(Settings):
 
 
 class RunFile(Settings):
-    """A whole run file. `strategy` holds a registered `name` and that strategy's own settings."""
+    """A whole run file. `strategy` holds a registered `name` and that strategy's own settings.
+
+    `[export]` has the result handed over as a bundle, `simulate --out` and `run --out` write it beside the model.
+    """
 
     run: RunSection
     strategy: dict[str, Any]
     evaluate: Evaluation | None = None
     privacy: Privacy = Privacy()
+    export: Export | None = None
     simulation: SimulationSection = SimulationSection()
 
     def build_strategy(self) -> Strategy:
@@ -58,7 +62,7 @@ class RunFile(Settings):
         return parse(registry.find_strategy(name), settings, where="strategy")
 
     def to_json(self) -> str:
-        """The run file as it travels, without what only concerns a simulation; raises `ConfigError`."""
+        """The run file as it travels, without what stays with whoever submits it; raises `ConfigError`."""
         evaluate = None if self.evaluate is None else self.evaluate.to_dict()
         values = {"run": self.run.to_dict(), "strategy": self.strategy, "evaluate": evaluate}
         values["privacy"] = self.privacy.to_dict()
@@ -90,12 +94,7 @@ def _no_constant(text: str) -> NoReturn:
 
 def read(path: Path) -> RunFile:
     """The run file at `path`; raises `ConfigError` with one line a problem."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
+    values = read_toml(path)
     try:
         found = parse(RunFile, values, where="")
         found.build_strategy()

@@ -19,11 +19,12 @@ from torch import nn
 from fedkit.aggregation import Mean, Weighting
 from fedkit.config import Participation, PositiveInt, Settings
 from fedkit.errors import IncompatibleStrategy, StateError
+from fedkit.examination import Examination
 from fedkit.gate import Gate
 from fedkit.queries import Query
 from fedkit.task import Task
 from fedkit.weights import Vector, Weights
-from fedkit.work import Fit, Gradient, Update
+from fedkit.work import Evaluate, Fit, Gradient, Summarize, Update, Work
 
 __all__ = ["Arrival", "Federation", "Handed", "Send", "Strategy"]
 
@@ -117,8 +118,14 @@ class Federation(Protocol):
         """Loss and metrics on the cohort's validation data, pooled."""
         ...
 
-    async def summarize(self, cohort: Collection[str], query: Query) -> Any:
-        """The answer to a query about the cohort's training data."""
+    async def examine(
+        self, cohort: Collection[str], model: Weights, work: Evaluate, send: Send | None = None
+    ) -> Examination | None:
+        """Scores of the ONNX file that the model exports to, as `work.exam` says; None where nobody has such rows."""
+        ...
+
+    async def summarize(self, cohort: Collection[str], query: Query, model: Weights | None = None) -> Any:
+        """The answer to a query about the cohort's training data, and the model where the query is about that too."""
         ...
 
     def start(self, client: str, model: Weights, work: Fit) -> None:
@@ -149,6 +156,7 @@ class Strategy(Settings, frozen=False):
 
     uses: ClassVar[frozenset[str]] = frozenset({"mean"})  # of mean, updates, hop, start, and send for own vectors
     unused: ClassVar[frozenset[str]] = frozenset()  # settings of participation that would be ignored
+    trains: ClassVar[bool] = True  # else it begins with a finished model: nothing is prepared, nor scored at the end
 
     @property
     def visits(self) -> int:
@@ -164,6 +172,14 @@ class Strategy(Settings, frozen=False):
     def needs_valid(self) -> bool:
         """Whether clients need validation rows for it; a tenth of their training rows is then set aside."""
         return False
+
+    def asks(self) -> tuple[Work, ...]:
+        """The questions it asks besides training, for sites that look at a run before they take part."""
+        return ()
+
+    def questions(self, task: Task) -> int:
+        """How many questions about training data a client answers, those of preprocessing among them."""
+        return int(self.trains and task.prepare is not None) + sum(isinstance(one, Summarize) for one in self.asks())
 
     async def round(self, federation: Federation, model: Weights) -> Weights:
         """One round: the next model from this one."""

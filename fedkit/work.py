@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from fedkit.config import PositiveFloat, PositiveInt, Settings
+from fedkit.exam import Exam
 from fedkit.gate import Gate
 from fedkit.queries import Query, RowCount
 from fedkit.weights import Vector, Weights
@@ -135,10 +136,11 @@ class Steps:
 
 
 class Evaluate(Settings):
-    """Loss and metrics of the received model on validation or test data, as sums."""
+    """Loss and metrics of the received model on validation or test data, as sums; with `exam`, of its ONNX file."""
 
     split: Literal["valid", "test"] = "valid"
     batch_size: PositiveInt = 512
+    exam: Exam | None = None
 
 
 class Summarize(Settings):

@@ -332,24 +332,42 @@ class Gradient(_message.Message):
     def __init__(self, batch_size: _Optional[int] = ...) -> None: ...
 
 class Evaluate(_message.Message):
-    __slots__ = ("split", "batch_size")
+    __slots__ = ("split", "batch_size", "exam")
     SPLIT_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EXAM_FIELD_NUMBER: _ClassVar[int]
     split: str
     batch_size: int
-    def __init__(self, split: _Optional[str] = ..., batch_size: _Optional[int] = ...) -> None: ...
+    exam: Exam
+    def __init__(self, split: _Optional[str] = ..., batch_size: _Optional[int] = ..., exam: _Optional[_Union[Exam, _Mapping]] = ...) -> None: ...
+
+class Exam(_message.Message):
+    __slots__ = ("graph", "variant", "noise", "criteria", "groups")
+    GRAPH_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    CRITERIA_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    graph: str
+    variant: str
+    noise: float
+    criteria: _containers.RepeatedScalarFieldContainer[str]
+    groups: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, graph: _Optional[str] = ..., variant: _Optional[str] = ..., noise: _Optional[float] = ..., criteria: _Optional[_Iterable[str]] = ..., groups: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Summarize(_message.Message):
-    __slots__ = ("moments", "histogram", "label_counts", "row_count")
+    __slots__ = ("moments", "histogram", "label_counts", "row_count", "ranges")
     MOMENTS_FIELD_NUMBER: _ClassVar[int]
     HISTOGRAM_FIELD_NUMBER: _ClassVar[int]
     LABEL_COUNTS_FIELD_NUMBER: _ClassVar[int]
     ROW_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
     moments: Moments
     histogram: Histogram
     label_counts: LabelCounts
     row_count: RowCount
-    def __init__(self, moments: _Optional[_Union[Moments, _Mapping]] = ..., histogram: _Optional[_Union[Histogram, _Mapping]] = ..., label_counts: _Optional[_Union[LabelCounts, _Mapping]] = ..., row_count: _Optional[_Union[RowCount, _Mapping]] = ...) -> None: ...
+    ranges: Ranges
+    def __init__(self, moments: _Optional[_Union[Moments, _Mapping]] = ..., histogram: _Optional[_Union[Histogram, _Mapping]] = ..., label_counts: _Optional[_Union[LabelCounts, _Mapping]] = ..., row_count: _Optional[_Union[RowCount, _Mapping]] = ..., ranges: _Optional[_Union[Ranges, _Mapping]] = ...) -> None: ...
 
 class Moments(_message.Message):
     __slots__ = ("bounds",)
@@ -372,6 +390,20 @@ class Histogram(_message.Message):
     feature: int
     edges: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, feature: _Optional[int] = ..., edges: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Ranges(_message.Message):
+    __slots__ = ("graph", "bounds", "rows", "method", "per_row")
+    GRAPH_FIELD_NUMBER: _ClassVar[int]
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    PER_ROW_FIELD_NUMBER: _ClassVar[int]
+    graph: str
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    rows: int
+    method: str
+    per_row: bool
+    def __init__(self, graph: _Optional[str] = ..., bounds: _Optional[_Iterable[float]] = ..., rows: _Optional[int] = ..., method: _Optional[str] = ..., per_row: _Optional[bool] = ...) -> None: ...
 
 class RowCount(_message.Message):
     __slots__ = ()

@@ -17,7 +17,7 @@ from fedkit.crypto.ceremony import BoxKey
 from fedkit.errors import ConfigError, PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos import tensors_pb2
-from fedkit.queries import Histogram, LabelCounts, Moments, Query, RowCount
+from fedkit.queries import Histogram, LabelCounts, Moments, Query, Ranges, RowCount
 from fedkit.rounds.assignment import (
     WORDS_STEPS,
     Assignment,
@@ -170,6 +170,10 @@ def _put_query(message: pb.Summarize, query: Query) -> None:
         message.histogram.CopyFrom(pb.Histogram(feature=query.feature, edges=query.edges))
     elif isinstance(query, LabelCounts):
         message.label_counts.CopyFrom(pb.LabelCounts(classes=query.classes))
+    elif isinstance(query, Ranges):
+        fields = query.to_dict()
+        del fields["kind"]
+        message.ranges.CopyFrom(pb.Ranges(**fields))
     else:
         message.row_count.SetInParent()
 
@@ -226,7 +230,7 @@ def _private(message: pb.Assignment) -> Private | None:
         return None
     fields = _fields(message.private)
     visits, questions = (fields.pop(name) for name in _COUNTS)
-    if not 0 < visits <= _MOST_VISITS or questions > _MOST_QUESTIONS:
+    if not visits + questions or visits > _MOST_VISITS or questions > _MOST_QUESTIONS:
         raise PayloadError(f"assignment {message.id}: a run does not ask {visits} times, after {questions} questions")
     return Private(parse(DP, fields, where="dp"), visits, questions)
 
@@ -249,6 +253,7 @@ def _fields(message: Any) -> dict[str, Any]:
     for field in message.DESCRIPTOR.fields:
         if not field.has_presence or message.HasField(field.name):
             value = getattr(message, field.name)
+            value = list(value) if field.is_repeated else value
             found[field.name] = value if field.message_type is None else _fields(value)
     return found
 
@@ -268,6 +273,8 @@ def _query(message: pb.Summarize) -> Query:
         return LabelCounts(classes=message.label_counts.classes)
     if kind == "row_count":
         return RowCount()
+    if kind == "ranges":
+        return parse(Ranges, _fields(message.ranges), where="ranges")
     raise PayloadError("the question is not known here: update the agent")
 
 

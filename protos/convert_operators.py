@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -205,8 +204,8 @@ def status_from_proto(message: pb.StatusReply) -> Status:
 # -- outcomes ----------------------------------------------------------------------------------------------------------
 
 
-def outcome_to_proto(outcome: Outcome, strategy: Mapping[str, Any]) -> pb.Outcome:
-    """Everything of an outcome but weights and state, which `FetchModel` gives; `strategy` is the run file's table."""
+def outcome_to_proto(outcome: Outcome, run_file: str) -> pb.Outcome:
+    """Everything of an outcome but weights and state, which `FetchModel` gives; `run_file` is JSON."""
     best = outcome.best
     return pb.Outcome(
         history=[record_to_proto(record) for record in outcome.history],
@@ -215,7 +214,7 @@ def outcome_to_proto(outcome: Outcome, strategy: Mapping[str, Any]) -> pb.Outcom
         test_per_client=_scores_to_proto(outcome.test_per_client),
         refusals=_refusals_to_proto(outcome.refusals),
         best=None if best is None else pb.Best(round=best.round, metrics=best.metrics, test=best.test),
-        strategy=json.dumps(strategy),
+        run_file=run_file,
     )
 
 

@@ -202,7 +202,7 @@ class Round(_message.Message):
     def __init__(self, round: _Optional[int] = ..., attempt: _Optional[int] = ..., clients: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., per_client: _Optional[_Mapping[str, Scores]] = ..., seconds: _Optional[float] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[RoundRefusal, _Mapping]]] = ..., epsilon: _Optional[_Mapping[str, float]] = ..., best: _Optional[bool] = ..., rejected: _Optional[str] = ..., scored: _Optional[_Iterable[str]] = ..., releases: _Optional[int] = ..., clip: _Optional[float] = ...) -> None: ...
 
 class Outcome(_message.Message):
-    __slots__ = ("history", "abandoned", "test", "test_per_client", "refusals", "best", "strategy")
+    __slots__ = ("history", "abandoned", "test", "test_per_client", "refusals", "best", "run_file")
     class TestEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -223,15 +223,15 @@ class Outcome(_message.Message):
     TEST_PER_CLIENT_FIELD_NUMBER: _ClassVar[int]
     REFUSALS_FIELD_NUMBER: _ClassVar[int]
     BEST_FIELD_NUMBER: _ClassVar[int]
-    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    RUN_FILE_FIELD_NUMBER: _ClassVar[int]
     history: _containers.RepeatedCompositeFieldContainer[Round]
     abandoned: _containers.RepeatedCompositeFieldContainer[Round]
     test: _containers.ScalarMap[str, float]
     test_per_client: _containers.MessageMap[str, Scores]
     refusals: _containers.RepeatedCompositeFieldContainer[RoundRefusal]
     best: Best
-    strategy: str
-    def __init__(self, history: _Optional[_Iterable[_Union[Round, _Mapping]]] = ..., abandoned: _Optional[_Iterable[_Union[Round, _Mapping]]] = ..., test: _Optional[_Mapping[str, float]] = ..., test_per_client: _Optional[_Mapping[str, Scores]] = ..., refusals: _Optional[_Iterable[_Union[RoundRefusal, _Mapping]]] = ..., best: _Optional[_Union[Best, _Mapping]] = ..., strategy: _Optional[str] = ...) -> None: ...
+    run_file: str
+    def __init__(self, history: _Optional[_Iterable[_Union[Round, _Mapping]]] = ..., abandoned: _Optional[_Iterable[_Union[Round, _Mapping]]] = ..., test: _Optional[_Mapping[str, float]] = ..., test_per_client: _Optional[_Mapping[str, Scores]] = ..., refusals: _Optional[_Iterable[_Union[RoundRefusal, _Mapping]]] = ..., best: _Optional[_Union[Best, _Mapping]] = ..., run_file: _Optional[str] = ...) -> None: ...
 
 class Best(_message.Message):
     __slots__ = ("round", "metrics", "test")

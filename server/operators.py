@@ -169,7 +169,7 @@ class OperatorService:
         """What a run ended with; a history too long for one message is left to `watch`."""
         async with answering(context):
             name = _named(request.run)
-            message = convert.outcome_to_proto(self._book.outcome(name), self._book.file(name).strategy)
+            message = convert.outcome_to_proto(self._book.outcome(name), self._book.file(name).to_json())
             if message.ByteSize() > _REPLY_BYTES:
                 del message.history[:]
             return message

@@ -4,6 +4,7 @@ from fedkit.strategies.adaptive import FedAdagrad, FedAdam, FedAvgM, FedYogi
 from fedkit.strategies.asynchronous import FedBuff
 from fedkit.strategies.averaging import FedAvg
 from fedkit.strategies.gradient import FedSGD
+from fedkit.strategies.handover import HandOver
 from fedkit.strategies.robust import CoordinateMedian, Krum, MultiKrum, NormClipping, TrimmedMean
 from fedkit.strategies.scaffold import Scaffold
 from fedkit.strategies.transfer import CyclicWeightTransfer, SingleWeightTransfer, StochasticWeightTransfer
@@ -18,6 +19,7 @@ __all__ = [
     "FedBuff",
     "FedSGD",
     "FedYogi",
+    "HandOver",
     "Krum",
     "MultiKrum",
     "NormClipping",

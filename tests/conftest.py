@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 
+os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="fedkit-tests-")  # signing keys are made there, not at home
 os.environ["OMP_NUM_THREADS"] = "1"  # several test processes share the cores; torch reads this when it is loaded
 
 import pytest

@@ -22,7 +22,8 @@ def main() -> None:
     for hospital, scores in result.test_per_client.items():
         print(f"{hospital:12} accuracy {scores['accuracy']:.3f}  auroc {scores['auroc']:.3f}")
     print(f"{'all':12} accuracy {result.test['accuracy']:.3f}  auroc {result.test['auroc']:.3f}")
-    print(f"best validation auroc in round {result.best.round}; model written to {result.export(arguments.out).name}")
+    bundle = result.export(arguments.out).folder
+    print(f"best validation auroc in round {result.best.round}; bundle written to {bundle}")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedkit import codec, deploy
+from fedkit import codec
 from fedkit.cli import show
+from fedkit.cli.exported import Wish, bundled
 from fedkit.config import Privacy
 from fedkit.crypto.box import Owner
 from fedkit.crypto.sealing import SealedModel
 from fedkit.demo import compare, plot
 from fedkit.demo.compare import Row
 from fedkit.demo.heart import HOSPITALS, load, task
+from fedkit.handover import Handed
 from fedkit.loopback import Loopback
 from fedkit.remote import Coordinator, connect
 from fedkit.result import Result
@@ -41,18 +43,18 @@ def demonstrated(names: list[str], out: Path, seed: int, *, in_process: bool, as
         _introduce()
     with _federation(out, in_process, as_json) as coordinator:
         results = {name: _trained(name, seed, as_json, coordinator) for name in strategies}
+        first, result = next(iter(results.items()))
+        handed = bundled(result, out / "bundle", Wish(key=out / "signer"), as_json)
     with show.busy("For comparison: each hospital alone, then all rows pooled", as_json):
         rows = [compare.alone(seed), compare.pooled(seed)]
     rows += [compare.row(name, result) for name, result in results.items()]
-    first, result = next(iter(results.items()))
-    with show.busy("Drawing the curves and exporting ONNX", as_json):
+    with show.busy("Drawing the curves", as_json):
         picture = plot.draw(out / "curves.png", {name: result.history for name, result in results.items()}, rows)
         result.save(out / "run")
-        model = deploy.export(result.model, task, out)
     if as_json:
-        show.print_json(_facts(rows, picture, model, seed, time.monotonic() - began))
+        show.print_json(_facts(rows, picture, handed, seed, time.monotonic() - began))
     else:
-        _conclude(rows, picture, model, first, time.monotonic() - began)
+        _conclude(rows, picture, handed, first, time.monotonic() - began)
 
 
 def demonstrated_privately(out: Path, seed: int, *, in_process: bool, as_json: bool) -> None:
@@ -226,27 +228,30 @@ def _trained(name: str, seed: int, as_json: bool, coordinator: Coordinator | Non
     return result
 
 
-def _facts(rows: list[Row], picture: Path, model: deploy.Exported, seed: int, seconds: float) -> dict[str, object]:
+def _facts(rows: list[Row], picture: Path, handed: Handed, seed: int, seconds: float) -> dict[str, object]:
     return {
         "task": task.name,
         "seed": seed,
         "accuracy": [dataclasses.asdict(row) for row in rows],
         "plot": str(picture),
-        "onnx": dataclasses.asdict(model) | {"path": str(model.path)},
+        "bundle": str(handed.folder),
+        "shipped": handed.passport.shipped,
         "seconds": round(seconds, 1),
     }
 
 
-def _conclude(rows: list[Row], picture: Path, model: deploy.Exported, first: str, seconds: float) -> None:
+def _conclude(rows: list[Row], picture: Path, handed: Handed, first: str, seconds: float) -> None:
     say = show.console.print
     say(show.comparison(rows))
     say(f"\nCurves     {picture}", highlight=False)
+    passport, apart = handed.passport, handed.passport.parity.difference
     say(
-        f"ONNX       {model.path} ({first}, raw features in, differs from PyTorch by {model.difference:.0e})",
+        f"Bundle     {handed.folder} ({first}, {passport.shipped}, raw features in, {apart:.0e} from PyTorch)",
         highlight=False,
     )
+    say(f"Card       {handed.folder / 'card.md'}", highlight=False)
     say(f"Took       {seconds:.0f} s", highlight=False)
     say(
-        "\nNext: look at the curves, load the ONNX file in onnxruntime, or begin your own with fedkit server",
+        f"\nNext: look at the curves and the card, then fedkit verify {handed.folder}; or begin with fedkit server",
         highlight=False,
     )

@@ -1,24 +1,114 @@
-"""`fedkit export`."""
+"""`fedkit export`: from a finished run to a bundle."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from fedkit import codec, deploy
+from fedkit.cli import show
+from fedkit.config import NAME
+from fedkit.deploy.settings import Export
 from fedkit.errors import ConfigError
+from fedkit.exam import Questions
+from fedkit.handover import Asked, Handed, hand_over
 from fedkit.registry import choose_task
+from fedkit.remote import asking as asking_coordinator
+from fedkit.remote import connect
+from fedkit.result import Result, load, subject
+from fedkit.simulation.run import asking
+from fedkit.trust.identity import Identity
 
-__all__ = ["exported"]
+__all__ = ["Wish", "bundled", "exported", "facts", "kept", "report"]
+
+Peer: TypeAlias = tuple[str | None, Path | None]  # the coordinator's address, and the folder of one's own identity
+
+HERE = "127.0.0.1:8443"
 
 
-def exported(run: Path, out: Path, task: str | None, best: bool) -> deploy.Exported:
-    """Exports the last or best model of a saved run; raises `ConfigError` where the folder holds none."""
-    facts, weights = run / "run.json", run / ("best.fedkit" if best else "model.fedkit")
-    for path in (facts, weights):
-        if not path.is_file():
-            raise ConfigError(f"{path} is not there: RUN must be a folder that fedkit simulate --out wrote")
-    saved = json.loads(facts.read_text())
-    chosen = choose_task(task, saved["task"])
-    module = codec.load(weights).to_module(chosen.build(saved["seed"]), chosen.travels)
-    return deploy.export(module, chosen, out)
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a person asks of an export: which model, how, examined in what, signed by the key in which folder."""
+
+    settings: Export = Export()
+    best: bool = False
+    acceptance: Path | None = None
+    key: Path | None = None
+
+
+def exported(run: str, out: Path, task: str | None, peer: Peer, wish: Wish, as_json: bool) -> Handed:
+    """Hands over a saved run (a folder), or one that a coordinator knows by that name; raises `ConfigError`."""
+    result = _saved(Path(run), task, peer) if Path(run).is_dir() else _fetched(run, task, peer)
+    return bundled(result, out, wish, as_json)
+
+
+def bundled(result: Result, out: Path, wish: Wish, as_json: bool) -> Handed:
+    """Writes the bundle of a result, and shows what is under way."""
+    questions = Questions()
+    if wish.acceptance is not None:
+        from fedkit.deploy.acceptance import read
+
+        questions = read(wish.acceptance).questions()
+    with show.stages(as_json) as say:
+        model = subject(result, best=wish.best)
+        return hand_over(model, out, wish.settings, questions=questions, key=wish.key, say=say)
+
+
+def _saved(folder: Path, task: str | None, peer: Peer) -> Result:
+    try:
+        saved = json.loads((folder / "run.json").read_text())
+        name, engine = saved["task"], saved["engine"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{folder}: RUN must be a run's name, or a folder that fedkit simulate --out or fedkit run --out wrote"
+        ) from None
+    chosen = choose_task(task, name)
+
+    def ask(clients: Sequence[str], seed: int) -> Asked | None:
+        if engine == "simulation":
+            return asking(chosen, clients, seed)
+        if peer[0] is None:
+            return None
+        return asking_coordinator(peer[0], peer[1] and Identity.load(peer[1]), chosen, seed)
+
+    return load(folder, chosen, ask)
+
+
+def _fetched(run: str, task: str | None, peer: Peer) -> Result:
+    if not NAME.fullmatch(run):
+        raise ConfigError(f"{run} is no folder, and no coordinator knows a run by such a name")
+    with connect(peer[0] or HERE, peer[1]) as coordinator:
+        known = choose_task(task, coordinator.status(run).runs[0].task)
+        return coordinator.result(run, known)
+
+
+def kept(result: Result, out: Path, settings: Export | None, as_json: bool) -> Handed | None:
+    """Saves a result, and hands it over as the run file's `[export]` says, to `out`/bundle."""
+    result.save(out)
+    return None if settings is None else bundled(result, out / "bundle", Wish(settings=settings), as_json)
+
+
+def facts(result: Result, handed: Handed | None) -> dict[str, Any]:
+    """A result for a program that reads along, with where its bundle is."""
+    return result.to_dict() | ({} if handed is None else {"bundle": str(handed.folder)})
+
+
+def report(handed: Handed, as_json: bool, served: Path | None = None) -> None:
+    """The gate's table, and what to do next."""
+    passport = handed.passport
+    if as_json:
+        facts = {"folder": str(handed.folder), "signer": handed.signer, "layout": served and str(served)}
+        show.print_json(facts | {"passport": passport.to_dict()})
+        return
+    show.gate(passport)
+    file = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}.get(passport.shipped, "model.int8.onnx")
+    show.say(f"\nShipped    {handed.folder / file} ({passport.shipped})")
+    show.say(f"Card       {handed.folder / 'card.md'}")
+    if served is not None:
+        show.say(f"To serve   {served}")
+    show.say(f"Signed by  {handed.signer}")
+    show.say(
+        f"\nNext: fedkit verify {handed.folder}, then fedkit models add {handed.folder} --name {passport.task.name}"
+    )

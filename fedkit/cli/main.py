@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 import typer
 
 from fedkit import __version__
+from fedkit.cli import bundles
 from fedkit.cli.edge import Json, LogForm, Tethered, edge
 from fedkit.cli.memberships import audit_log, ca, roster
+from fedkit.cli.models import models
 from fedkit.cli.privacies import privacy
 from fedkit.cli.sites import client
 
@@ -30,6 +32,7 @@ app.add_typer(privacy)
 app.add_typer(ca)
 app.add_typer(roster)
 app.add_typer(audit_log)
+app.add_typer(models)
 
 Address = Annotated[
     str, typer.Option("--coordinator", envvar="FEDKIT_COORDINATOR", metavar="HOST:PORT", help="The coordinator.")
@@ -131,7 +134,7 @@ def cancel(
 
 
 @app.command()
-def models(
+def weights(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Only this run.")] = None,
     coordinator: Address = HERE,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the run's model to this file.")] = None,
@@ -139,16 +142,16 @@ def models(
     identity: Identity = None,
     as_json: Json = False,
 ) -> None:
-    """List the models a coordinator keeps, or write one to a file."""
+    """List the models whose weights a coordinator keeps, or write those of one to a file."""
     from fedkit.cli import networked
 
     with edge():
-        networked.models(run, (coordinator, identity), out, which.value, as_json)
+        networked.weights(run, (coordinator, identity), out, which.value, as_json)
 
 
 @app.command("open")
 def unseal(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sealed model, as fedkit models --out keeps it.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A sealed model, as fedkit weights --out keeps it.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the model goes.")],
     roster: Annotated[
         Path, typer.Option(metavar="ROSTER.json", help="The members' roster, which knows who sealed it.")
@@ -284,27 +287,52 @@ def demo(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that fedkit simulate --out wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for model.onnx.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a folder that --out wrote.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the bundle goes.")],
     task: Annotated[
         str | None, typer.Option(help="module:attr of the task, instead of the run's registered name.")
     ] = None,
     best: Annotated[bool, typer.Option(help="The round with the best validation metric, not the last one.")] = False,
+    quantize: Annotated[
+        Literal["auto", "none", "int8", "int8-dynamic", "fp16"], typer.Option(help="Which variants are tried.")
+    ] = "auto",
+    calibration: Annotated[
+        Literal["mean", "clipped", "noise"] | None,
+        typer.Option(help="Where int8 has its ranges from: clients' rows (mean, clipped), or none of them (noise)."),
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="What noised ranges may cost each row of a private run, on top of it.")
+    ] = None,
+    acceptance: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Criteria for a release: what clients examine the model in.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The signing key's; made on first use.")] = None,
+    layout: Annotated[
+        bundles.Server | None, typer.Option(help="Also for this server, in a folder beside it: FOLDER-triton.")
+    ] = None,
+    canary: bundles.Canary = None,
+    storage_uri: bundles.StorageUri = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(envvar="FEDKIT_COORDINATOR", metavar="HOST:PORT", help="Where the run's clients attend."),
+    ] = None,
+    identity: Identity = None,
     as_json: Json = False,
 ) -> None:
-    """Write a run's model as ONNX, checked against PyTorch."""
-    from fedkit.cli.exported import exported
+    """Hand a run's model over: ONNX, quantised and checked by the run's clients, with a signed passport."""
+    from fedkit.cli import exported
+    from fedkit.deploy.settings import Export
 
     with edge():
-        found = exported(run, out, task, best)
-        _report_export(dataclasses.asdict(found) | {"path": str(found.path)}, as_json)
+        settings = Export(quantize=quantize, calibration=calibration, epsilon=epsilon)
+        wish = exported.Wish(settings=settings, best=best, acceptance=acceptance, key=key)
+        handed = exported.exported(run, out, task, (coordinator, identity), wish, as_json)
+        served = out.with_name(f"{out.name}-{layout.value}") if layout else None
+        if layout and served:
+            bundles.laid_out(out, layout, served, canary=canary, storage_uri=storage_uri)
+        exported.report(handed, as_json, served)
 
 
-def _report_export(fields: dict[str, object], as_json: bool) -> None:
-    from fedkit.cli import show
-
-    if as_json:
-        show.print_json(fields)
-        return
-    show.console.print(f"{fields['path']}: {fields['size_bytes']:,} bytes, float32, dynamic batch")
-    show.console.print(f"ONNX Runtime and PyTorch differ by {fields['difference']:.1e} (relative)", highlight=False)
+app.command()(bundles.verify)
+app.command()(bundles.predict)
+app.command()(bundles.layout)

@@ -1,4 +1,4 @@
-"""`fedkit run | status | cancel | models`: what an operator asks of a coordinator."""
+"""`fedkit run | status | cancel | weights | open`: what an operator asks of a coordinator."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, TypeAlias
 
 from fedkit import codec
 from fedkit.cli import show
+from fedkit.cli.exported import facts, kept, report
 from fedkit.crypto.box import Owner
 from fedkit.crypto.sealing import header_of
 from fedkit.errors import ConfigError
+from fedkit.handover import Handed
 from fedkit.progress import describe
 from fedkit.registry import choose_task
 from fedkit.remote import Coordinator, connect
@@ -22,7 +24,7 @@ from fedkit.status import RunStatus
 from fedkit.strategy import Strategy
 from fedkit.task import Task
 
-__all__ = ["begin", "cancel", "models", "status", "unseal"]
+__all__ = ["begin", "cancel", "status", "unseal", "weights"]
 
 Peer: TypeAlias = tuple[str, Path | None]  # the coordinator's address, and the folder of one's own identity
 
@@ -36,7 +38,7 @@ def begin(
     """Submits a run file, shows its rounds as they happen, and keeps the result."""
     file, owner = read(path), _owner(peer[1], roster)
     if detach and out is not None:
-        raise ConfigError("--detach returns before there is a result: leave --out to fedkit models")
+        raise ConfigError("--detach returns before there is a result: leave --out to fedkit weights")
     known = None if detach and task is None else choose_task(task, file.run.task)
     if file.run.task is None and known is not None:
         file = file.replace(run=file.run.replace(task=known.name))
@@ -50,9 +52,8 @@ def begin(
         except KeyboardInterrupt:
             text = f"detached; {name} goes on at the coordinator: look again with fedkit status {name}"
             raise KeyboardInterrupt(text) from None
-    if out is not None:
-        result.save(out)
-    _report(result, name, out, as_json)
+    handed = None if out is None else kept(result, out, file.export, as_json)
+    _report(result, name, out, handed, as_json)
 
 
 def _owner(identity: Path | None, roster: Path | None) -> Owner | None:
@@ -88,16 +89,19 @@ def _report_begun(name: str, as_json: bool) -> None:
         show.console.print(f"{name} has begun.\n\nNext: fedkit status {name}", highlight=False)
 
 
-def _report(result: Result, name: str, out: Path | None, as_json: bool) -> None:
+def _report(result: Result, name: str, out: Path | None, handed: Handed | None, as_json: bool) -> None:
     if as_json:
-        show.print_json(result.to_dict())
+        show.print_json(facts(result, handed))
         return
     if result.test:
         show.console.print()
         show.console.print(show.test_scores(result))
-    keep = f"fedkit models {name} --out FILE keeps the model"
+    keep = f"fedkit weights {name} --out FILE keeps the model"
     if result.outcome.weights.manifest.is_sealed:
         _say_sealed(f"{out}/model.fedkit" if out else f"FILE (after {keep})")
+        return
+    if handed is not None:
+        report(handed, as_json=False)
         return
     where = f"fedkit export {out} --out BUNDLE" if out else keep
     show.console.print(f"\nNext: {where}", highlight=False)
@@ -137,7 +141,7 @@ def _show_last(run: RunStatus) -> None:
     if run.last is not None:
         show.say(f"Round {run.last.round}: {describe(run.last)}")
     if run.models:
-        show.say(f"\nNext: fedkit models {run.name} --out FILE ({', '.join(run.models)})")
+        show.say(f"\nNext: fedkit weights {run.name} --out FILE ({', '.join(run.models)})")
 
 
 def cancel(run: str, peer: Peer, as_json: bool) -> None:
@@ -152,10 +156,10 @@ def cancel(run: str, peer: Peer, as_json: bool) -> None:
         show.say(f"{run} was over already: {found.state} after round {found.round}")
 
 
-def models(run: str | None, peer: Peer, out: Path | None, which: str, as_json: bool) -> None:
+def weights(run: str | None, peer: Peer, out: Path | None, which: str, as_json: bool) -> None:
     """Lists models, or writes one to a file."""
     if out is not None and run is None:
-        raise ConfigError("--out FILE takes the model of one run: fedkit models RUN --out FILE")
+        raise ConfigError("--out FILE takes the model of one run: fedkit weights RUN --out FILE")
     with connect(*peer, patience_s=_PATIENCE_S) as coordinator:
         if run is not None and out is not None:
             _write(coordinator, run, out, which, as_json)
@@ -168,8 +172,8 @@ def _list(runs: Sequence[RunStatus], as_json: bool) -> None:
     if as_json:
         show.print_json([_facts(run, model) for run, model in found])
     elif found:
-        show.console.print(show.models(found))
-        show.say(f"\nNext: fedkit models {found[0][0].name} --which {found[0][1]} --out FILE")
+        show.console.print(show.weights(found))
+        show.say(f"\nNext: fedkit weights {found[0][0].name} --which {found[0][1]} --out FILE")
     else:
         show.say("There are no models yet: one is there when a run has committed its first round. Next: fedkit status")
 

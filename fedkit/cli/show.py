@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +24,23 @@ from fedkit.status import ClientStatus, JobStatus, RunStatus
 
 if TYPE_CHECKING:
     from fedkit.client.prospect import Prospect
+    from fedkit.deploy.acceptance import Verdict
+    from fedkit.deploy.differences import Difference, Value
+    from fedkit.deploy.passport import Passport, Scores
+    from fedkit.deploy.registry import Change, Version
 
 __all__ = [
     "LiveRounds",
     "audit",
     "busy",
+    "changes",
     "clients",
     "comparison",
     "console",
+    "differences",
     "errors",
+    "gate",
     "hops",
-    "models",
     "print_json",
     "print_line",
     "privacy",
@@ -43,6 +50,11 @@ __all__ = [
     "say",
     "stages",
     "test_scores",
+    "verdicts",
+    "verification",
+    "version",
+    "versions",
+    "weights",
 ]
 
 console = Console()
@@ -57,8 +69,13 @@ def print_json(value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """A sentence for a person, as it is: nothing in it is coloured or taken for markup."""
-    console.print(text, highlight=False, markup=False)
+    """A sentence for a person, as it is: nothing in it is coloured, or taken for markup or by the terminal."""
+    console.print(_printable(text), highlight=False, markup=False)
+
+
+def _printable(text: str) -> str:
+    """What comes from elsewhere may hold characters that a terminal obeys, or that are none."""
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
 
 
 def print_line(text: str) -> None:
@@ -201,8 +218,20 @@ _STYLES = {
     "finished": "green",
     "failed": "red",
     "cancelled": "dim",
+    "ok": "green",
+    "not tried": "yellow",
+    "candidate": "cyan",
+    "canary": "yellow",
+    "production": "bold green",
+    "archived": "dim",
+    "passed": "green",
+    "shipped": "bold green",
+    "refused": "yellow",
+    "missed": "bold red",
+    "not measured": "yellow",
 }
-_WHOLE = {"run", "state", "for", "round", "loss", "age", "model"}  # columns that keep their width
+_STYLED = {"state", "result", "stage", "from", "to", "outcome"}
+_WHOLE = {*_STYLED, "run", "for", "round", "loss", "age", "model"}  # columns that keep their width
 _CUT = {"task", "strategy"}  # columns that are cut where a line is too long; the others fold
 
 
@@ -233,12 +262,84 @@ def runs(found: Sequence[RunStatus], now: float) -> Table:
     return table
 
 
-def models(found: Sequence[tuple[RunStatus, str]]) -> Table:
+def weights(found: Sequence[tuple[RunStatus, str]]) -> Table:
     """The models that can be had, one a line."""
-    table = _plain("Models", "run", "state", "task", "strategy", "model")
+    table = _plain("Weights", "run", "state", "task", "strategy", "model")
     for run, which in found:
         _add(table, [run.name, run.state, run.task, run.strategy, which])
     return table
+
+
+def versions(found: Sequence[tuple[Version, Passport | None]]) -> Table:
+    """Versions of models, one a line."""
+    table = _plain("Models", "version", "stage", "added", "trained by", "scores")
+    for one, passport in found:
+        run, scores = ("?", "?") if passport is None else (passport.run.name, _scores(passport.test))
+        _add(table, [str(one), one.stage, _day(one.added_at), run, scores])
+    return table
+
+
+def version(one: Version, passport: Passport) -> Table:
+    """What is worth knowing of a version, one fact a line."""
+    table = _plain(f"{one}, {one.stage}", "fact", "value")
+    for fact, value in _facts(one, passport):
+        _add(table, [fact, value])
+    return table
+
+
+def _facts(one: Version, passport: Passport) -> Iterator[tuple[str, str]]:
+    run, exam, dp = passport.run, passport.examined, passport.privacy.dp
+    yield "added", f"{_day(one.added_at)}, signed by {one.signer}"
+    yield "run", f"{run.name}: {passport.task.name} by {run.strategy}, round {run.round} of {run.rounds} ({run.engine})"
+    yield "clients", str(len(passport.clients))
+    yield "scores", _scores(passport.test)
+    yield "examined", "not in ONNX Runtime" if exam is None else f"{_scores(exam.pooled)} at {exam.sites} sites"
+    shipped = passport.measured(passport.shipped)
+    yield "shipped", passport.shipped + (f", {shipped.size_bytes:,} bytes: {shipped.why}" if shipped else "")
+    costs = [client.epsilon for client in passport.clients if client.epsilon is not None]
+    cost = f", epsilon {_up(max(costs))} at most" if costs else ""
+    yield "privacy", passport.privacy.aggregation + (cost if dp else ", no differential privacy")
+
+
+def _scores(scores: Scores) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in scores.items()) or "-"
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds))
+
+
+def changes(found: Sequence[Change]) -> Table:
+    """What became of a model's versions, oldest first, in UTC."""
+    table = _plain("Changes", "version", "from", "to", "when", "who", "why")
+    for one in found:
+        event = one.event
+        cells = [str(event.get(name) or "-") for name in ("from", "to")]
+        when, who = _day(float(event.get("changed_at", 0.0))), str(event.get("who"))
+        why = ": ".join(filter(None, (str(event.get("event")).removeprefix("model "), event.get("note"))))
+        _add(table, [str(one.version), *cells, when, who, why])
+    return table
+
+
+def verdicts(found: Sequence[Verdict]) -> Table:
+    """Criteria, those that are passed too."""
+    table = _plain("Criteria", "criterion", "asked", "found", "outcome")
+    for one in found:
+        _add(table, [one.criterion, one.asked, one.found, one.outcome])
+    return table
+
+
+def differences(one: str, other: str, found: Sequence[Difference]) -> Table:
+    """What differs between two versions."""
+    table = _plain("Differences", "fact", one, other, "change")
+    for difference in found:
+        values = [_value(value) for value in (difference.one, difference.other)]
+        _add(table, [difference.fact, *values, "" if difference.change is None else f"{difference.change:+.6g}"])
+    return table
+
+
+def _value(value: Value) -> str:
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def prospect(found: Prospect) -> None:
@@ -306,9 +407,37 @@ def _say_shared(data: str, run: RunCost) -> None:
         )
 
 
+def gate(passport: Passport) -> None:
+    """What each variant of a model costs and answers, which one is shipped, and why the others are not."""
+    metric = next(iter(passport.task.metrics), "loss")
+    table = _plain("Variants", "variant", "state", "bytes", "size", "CPU at 1", "at 64", "agreement", metric)
+    for one in passport.gate:
+        state = "shipped" if one.variant == passport.shipped else "passed" if one.passed else "refused"
+        cpu = [_times(one.cpu_ratio.get(batch)) for batch in ("1", "64")]
+        share = "-" if one.agreement is None else f"{one.agreement:.2%}"
+        score = _number((one.valid or {}).get(metric))
+        _add(table, [one.variant, state, f"{one.size_bytes:,}", _times(one.size_ratio), *cpu, share, score])
+    console.print(table)
+    say("Size and CPU time are over float32 in ONNX Runtime, at batch 1 and 64.")
+    for one in passport.gate[1:]:
+        say(f"{one.variant}: {one.why}")
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
 def audit(rows: Sequence[Sequence[str]]) -> None:
     """Attacks, one a line: what each found, what is claimed, what it finds without noise, what that means."""
     table = _plain("Audit", "attack", "found", "claimed", "without noise", "what it means")
+    for cells in rows:
+        _add(table, cells)
+    console.print(table)
+
+
+def verification(rows: Sequence[Sequence[str]]) -> None:
+    """Checks of a bundle, one a line: of what, how it ended, what was found."""
+    table = _plain("Checks", "check", "result", "found")
     for cells in rows:
         _add(table, cells)
     console.print(table)
@@ -353,9 +482,9 @@ def _add(table: Table, cells: Sequence[str]) -> None:
     """One line, of which no cell is taken for markup."""
     found = []
     for column, cell in zip(table.columns, cells, strict=True):
-        style = _STYLES.get(cell, "") if column.header == "state" else ""
+        style = _STYLES.get(cell, "") if column.header in _STYLED else ""
         is_cut = column.header in _CUT
-        found.append(Text(cell, style, no_wrap=is_cut or None, overflow="ellipsis" if is_cut else None))
+        found.append(Text(_printable(cell), style, no_wrap=is_cut or None, overflow="ellipsis" if is_cut else None))
     table.add_row(*found)
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedkit.cli import show
+from fedkit.cli.exported import facts, kept, report
 from fedkit.errors import ConfigError
+from fedkit.handover import Handed
 from fedkit.registry import choose_task
 from fedkit.result import Result
 from fedkit.rounds.journal import RoundRecord
@@ -27,9 +29,8 @@ def simulated(
         total = run.build_strategy().rounds
         with show.rounds(f"{run.run.name}: {run.strategy['name']}, seed {run.run.seed}", total) as observe:
             result = _run(run, task, clients, workers, observe)
-    if out is not None:
-        result.save(out)
-    _report(result, out, as_json)
+    handed = None if out is None else kept(result, out, run.export, as_json)
+    _report(result, out, handed, as_json)
 
 
 def _run(
@@ -57,12 +58,15 @@ def _run(
     )
 
 
-def _report(result: Result, out: Path | None, as_json: bool) -> None:
+def _report(result: Result, out: Path | None, handed: Handed | None, as_json: bool) -> None:
     if as_json:
-        show.print_json(result.to_dict())
+        show.print_json(facts(result, handed))
         return
     if result.test:
         show.console.print()
         show.console.print(show.test_scores(result))
+    if handed is not None:
+        report(handed, as_json=False)
+        return
     where = f"fedkit export {out} --out BUNDLE" if out else "add --out DIR to keep the model, then fedkit export DIR"
     show.console.print(f"\nNext: {where}", highlight=False)

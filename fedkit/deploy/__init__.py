@@ -1,5 +1,1 @@
 """The way to deployment: ONNX files that take raw inputs, measured, checked and signed before they are handed over."""
-
-from fedkit.deploy.convert import TOLERANCE, Exported, export
-
-__all__ = ["TOLERANCE", "Exported", "export"]

@@ -1,4 +1,4 @@
-"""The way to deployment: a float32 ONNX file that takes raw inputs, checked against PyTorch before it is kept."""
+"""From a PyTorch module to an ONNX graph with the task's names, raw inputs and a dynamic batch."""
 
 from __future__ import annotations
 
@@ -6,61 +6,86 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from blake3 import blake3
 from torch import nn
 
 from fedkit import rng
-from fedkit.codec import write_atomically
+from fedkit.deploy.runtime import session
 from fedkit.errors import ConfigError, ExportError
-from fedkit.task import Task, Tensor
+from fedkit.task import Prepared, Task, Tensor
 
-__all__ = ["TOLERANCE", "Exported", "export"]
+__all__ = [
+    "BATCHES",
+    "TOLERANCE",
+    "Arrays",
+    "Converted",
+    "as_outputs",
+    "checked",
+    "convert",
+    "difference",
+    "inputs",
+    "operators",
+    "quiet",
+]
+
+Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 TOLERANCE = 1e-5  # largest difference between ONNX Runtime and PyTorch, relative to the largest output
-_BATCHES = (1, 2, 64)
+BATCHES = (1, 2, 64)
+_ANY = 1 << 40
 _FREE_DIM = 8  # the size that a dimension without one takes in checks
+_ALSO = {"Add", "Concat", "GlobalAveragePool"}  # operators that static quantisation keeps between two others
+_LEFT = {
+    "BatchNormalization",
+    "CumSum",
+    "GatherElements",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "TopK",
+    "Where",
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
-    """A checked model file: where it is, how large, and how far ONNX Runtime is from PyTorch at most (relative)."""
+class Converted:
+    """A float32 ONNX file. `graph` is a digest of everything in it but the values; `tensors` are what int8 calibrates.
 
-    path: Path
-    size_bytes: int
-    difference: float
-
-
-def export(module: nn.Module, task: Task, folder: Path | str, *, quantize: str = "none") -> Exported:
-    """Writes `folder/model.onnx` with a dynamic batch and the task's names, once ONNX Runtime agrees with PyTorch.
-
-    Raises `ConfigError` where the task declares no inputs, `ExportError` where the file cannot be made or computes
-    something else; then nothing is written.
+    Equal digests say that the same tensors are meant by the same names.
     """
-    if quantize != "none":
-        raise ConfigError(f'quantize must be "none", got {quantize!r}: this version exports float32')
+
+    content: bytes = field(repr=False)
+    graph: str
+    tensors: tuple[str, ...]
+
+
+def convert(module: nn.Module, task: Task) -> Converted:
+    """The module as ONNX, and checked by ONNX's own checker; it must be on the CPU, in evaluation mode.
+
+    Raises `ConfigError` where the task declares no inputs, `ExportError` where the module cannot be converted.
+    """
     if not task.inputs:
         raise ConfigError(f'{task.name}: export needs inputs={{"name": fedkit.Tensor("float32", (count,))}}')
-    content = _converted(module.cpu().eval(), task)
-    difference = _difference(content, module, task)
-    if not difference <= TOLERANCE:
-        raise ExportError(f"ONNX Runtime differs from PyTorch by {difference:.2e}, at most {TOLERANCE:.0e} is allowed")
-    path = Path(folder) / "model.onnx"
-    write_atomically(path, content)
-    return Exported(path, len(content), difference)
-
-
-def _converted(module: nn.Module, task: Task) -> bytes:
     import onnx
 
-    arguments = tuple(torch.from_numpy(array) for array in _inputs(task, 2).values())
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    model = onnx.shape_inference.infer_shapes(_exported(module, task))
+    _strip(model)
+    return Converted(bytes(model.SerializeToString()), _digest(model), _calibrated(model))
+
+
+def _exported(module: nn.Module, task: Task) -> Any:
+    import onnx
+    from onnxscript.optimizer import optimize
+
+    arguments = tuple(torch.from_numpy(array) for array in inputs(task, 2).values())
+    with tempfile.TemporaryDirectory() as folder, quiet():
         file = Path(folder) / "model.onnx"
         try:
             torch.onnx.export(
@@ -74,12 +99,53 @@ def _converted(module: nn.Module, task: Task) -> bytes:
                 dynamo=True,
                 verbose=False,
             )
-            model = onnx.load(file)
+            model = optimize(onnx.load(file), input_size_limit=_ANY, output_size_limit=_ANY)  # also folds weights
             onnx.checker.check_model(model, full_check=True)
         except Exception as error:  # the converter raises whatever its passes raise
             raise ExportError(f"{task.name} cannot be converted to ONNX: {error}") from error
-    onnx.helper.set_model_props(model, {"fedkit.task": task.name})
-    return bytes(model.SerializeToString())
+    return model
+
+
+def _strip(model: Any) -> None:
+    """Takes away the exporter's notes on where things come from, and the types of weights, which have their own."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    values = {one.name for one in graph.initializer}
+    infos = [one for one in graph.value_info if one.name not in values]
+    del graph.value_info[:]
+    graph.value_info.extend(infos)
+
+
+def _digest(model: Any) -> str:
+    """BLAKE3 (hex) of operators, names, attributes, shapes and types, without the values of any tensor."""
+    total = blake3()
+    for node in model.graph.node:
+        attributes = [str(a) for a in node.attribute if not a.HasField("t")]
+        total.update("\x1f".join([node.domain, node.op_type, *node.input, "", *node.output, *attributes]).encode())
+    for one in model.graph.initializer:
+        total.update(f"\x1e{one.name}\x1f{one.data_type}\x1f{list(one.dims)}".encode())
+    for one in (*model.graph.input, *model.graph.output):
+        total.update(b"\x1e" + one.SerializeToString(deterministic=True))
+    return total.hexdigest()
+
+
+def _calibrated(model: Any) -> tuple[str, ...]:
+    """The float32 activations that go in or out of an operator that static quantisation knows, in the graph's order."""
+    graph, quantized = model.graph, operators()
+    about = (*graph.value_info, *graph.input, *graph.output)
+    known = {one.name for one in about if one.type.tensor_type.elem_type == 1}
+    known -= {one.name for one in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type in quantized]
+    return tuple(dict.fromkeys(name for node in nodes for name in (*node.input, *node.output) if name in known))
+
+
+def operators() -> list[str]:
+    """The operators that static quantisation takes: those that work in int8, and those that only pass it on."""
+    from onnxruntime.quantization.registry import QDQRegistry
+
+    return sorted({*QDQRegistry, *_ALSO} - _LEFT)
 
 
 def _dynamic(tensor: Tensor) -> dict[int, Any]:
@@ -87,31 +153,47 @@ def _dynamic(tensor: Tensor) -> dict[int, Any]:
     return dict.fromkeys(free, torch.export.Dim.DYNAMIC)
 
 
-def _inputs(task: Task, batch: int) -> dict[str, npt.NDArray[Any]]:
-    """Random inputs of the declared shapes: normal numbers, or 0 and 1 for whole ones."""
+def inputs(task: Task, batch: int, module: nn.Module | None = None) -> Arrays:
+    """Seeded inputs of the declared shapes: normal numbers, or 0 and 1 for whole ones.
+
+    With a `module` that has preprocessing, such that they are normal behind it.
+    """
     draw = rng.generator(0, "export", batch)
-    found = {}
+    found: Arrays = {}
     for name, tensor in task.inputs.items():
         shape = (batch, *(_FREE_DIM if dim is None else dim for dim in tensor.shape))
         values = draw.normal(size=shape) if tensor.torch_dtype.is_floating_point else draw.integers(0, 2, size=shape)
+        if isinstance(module, Prepared) and not found:
+            values = module.prepare.mean.cpu().numpy() + values * module.prepare.scale.cpu().numpy()
         found[name] = torch.from_numpy(values).to(tensor.torch_dtype).numpy()
     return found
 
 
-def _difference(content: bytes, module: nn.Module, task: Task) -> float:
-    """The largest difference at several batch sizes, relative to the largest output."""
-    import onnxruntime
+def as_outputs(found: Any) -> list[torch.Tensor]:
+    """A module's output as a list of tensors."""
+    return [found] if isinstance(found, torch.Tensor) else list(found)
 
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+
+def difference(content: bytes, module: nn.Module, task: Task, batches: Sequence[int] = BATCHES) -> float:
+    """The largest difference to PyTorch at several batch sizes, relative to the largest output."""
+    running = session(content)
     worst = 0.0
-    for batch in _BATCHES:
-        feed = _inputs(task, batch)
+    for batch in batches:
+        feed = inputs(task, batch, module)
         with torch.inference_mode():
-            expected = module(*(torch.from_numpy(array) for array in feed.values()))
-        outputs = [expected] if isinstance(expected, torch.Tensor) else list(expected)
-        for got, want in zip(session.run(None, feed), outputs, strict=True):
+            expected = as_outputs(module(*(torch.from_numpy(array) for array in feed.values())))
+        for got, want in zip(running.run(None, feed), expected, strict=True):
             worst = max(worst, _relative(got, want.numpy()))
     return worst
+
+
+def checked(module: nn.Module, task: Task) -> tuple[Converted, float]:
+    """The module as float32 ONNX, and its largest relative difference to PyTorch; raises `ExportError` beyond 1e-5."""
+    found = convert(module, task)
+    worst = difference(found.content, module, task)
+    if not worst <= TOLERANCE:
+        raise ExportError(f"ONNX Runtime differs from PyTorch by {worst:.2e}, at most {TOLERANCE:.0e} is allowed")
+    return found, worst
 
 
 def _relative(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
@@ -122,9 +204,9 @@ def _relative(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converter's own progress and deprecation notes are not for the person who exports."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+def quiet() -> Iterator[None]:
+    """The progress and deprecation notes of converters are not for the person who exports."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", None)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

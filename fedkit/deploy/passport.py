@@ -14,9 +14,9 @@ from pydantic import Field
 
 from fedkit.config import Name, Settings, parse
 from fedkit.errors import PayloadError
+from fedkit.exam import Variant
 
 __all__ = [
-    "VARIANTS",
     "Calibrated",
     "ClientFacts",
     "Examined",
@@ -30,11 +30,8 @@ __all__ = [
     "Scores",
     "TaskFacts",
     "TensorFacts",
-    "Variant",
 ]
 
-Variant: TypeAlias = Literal["fp32", "int8", "int8-dynamic", "fp16"]
-VARIANTS: tuple[Variant, ...] = ("fp32", "int8", "int8-dynamic", "fp16")
 Scores: TypeAlias = dict[str, float | None]  # by metric, "loss" among them; None where one is undefined
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -97,7 +94,7 @@ class PrivacyFacts(Settings):
 
 
 class Calibrated(Settings):
-    """Where the ranges of int8 come from: `method`, how many clients, how many rows at each at most, and the cost.
+    """Where the ranges of int8 come from: `method`, how many clients were asked, rows at each at most, and the cost.
 
     `method` "mean": the mean over clients of their ranges; "clipped": the range that holds all but a thousandth of
     rows' extremes; "noise": standard normal inputs, no data. `epsilon` and `delta` where the answer was noised.

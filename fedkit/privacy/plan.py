@@ -9,7 +9,7 @@ from fedkit.config import DP
 from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.privacy.accounting import noise_for
 from fedkit.privacy.dpsgd import PrivateSteps
-from fedkit.queries import Moments
+from fedkit.queries import Moments, Ranges
 from fedkit.rounds.assignment import Private
 from fedkit.work import Evaluate, Parts, Steps, Summarize, Work
 
@@ -29,8 +29,9 @@ class Planned:
 def planned(private: Private, work: Work, rows: int) -> Planned:
     """The noisy steps of one piece of work on so many rows.
 
-    In training, q is the batch size over the rows, at most 1; a question is one step over all rows. Where the run gives
-    epsilon, the noise is what all its questions and `private.visits` pieces of this work need to stay within it.
+    In training, q is the batch size over the rows, at most 1; a question is one step over all rows. It has a sixth of
+    epsilon, or all of it in a run that trains nothing. Where the run gives epsilon, the noise is what all its questions
+    and `private.visits` pieces of this work need to stay within it.
 
     Raises `Refused` where delta is more than one over the rows, as a row could then be given away outright, and for a
     question whose answer has no bounds.
@@ -38,7 +39,7 @@ def planned(private: Private, work: Work, rows: int) -> Planned:
     dp = private.dp
     require_delta(dp, rows)
     if isinstance(work, Summarize):
-        return Planned(_question(dp, work))
+        return Planned(_question(dp, work, QUESTION_SHARE if private.visits else 1.0 / private.questions))
     if isinstance(work, Evaluate):
         raise ValueError("scores are not covered by differential privacy")
     plain = PrivateSteps.of(work, rows, noise_multiplier=0.0, max_grad_norm=dp.max_grad_norm)
@@ -54,18 +55,20 @@ def require_delta(dp: DP, rows: int) -> None:
         raise Refused(Reason.PRIVACY, text)
 
 
-def _question(dp: DP, work: Summarize) -> Steps:
-    if not isinstance(work.query, Moments) or work.query.bounds is None:
-        raise Refused(Reason.PRIVACY, "with differential privacy only moments within public bounds are answered")
-    return Steps(_question_noise(dp), 1.0, 1)
+def _question(dp: DP, work: Summarize, share: float) -> Steps:
+    query = work.query
+    if not ((isinstance(query, Moments) and query.bounds is not None) or (isinstance(query, Ranges) and query.per_row)):
+        text = "only moments within public bounds are answered, and ranges per row"
+        raise Refused(Reason.PRIVACY, f"with differential privacy {text}")
+    return Steps(_question_noise(dp, share), 1.0, 1)
 
 
 @functools.lru_cache(maxsize=64)
-def _question_noise(dp: DP) -> float:
+def _question_noise(dp: DP, share: float = QUESTION_SHARE) -> float:
     if dp.noise_multiplier is not None:
         return dp.noise_multiplier
     assert dp.epsilon is not None  # DP has one of the two
-    return noise_for(dp.epsilon * QUESTION_SHARE, dp.delta, 1.0, 1)
+    return noise_for(dp.epsilon * share, dp.delta, 1.0, 1)
 
 
 @functools.lru_cache(maxsize=256)

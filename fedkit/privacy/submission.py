@@ -88,7 +88,7 @@ def _require_summable(kind: str, strategy: Strategy, task: Task, privacy: Privac
             f"{kind} and participation.max_update_norm: nobody sees one update's norm; privacy.clip bounds each "
             "element, and Evaluation(max_drop=...) judges the round"
         )
-    if task.prepare is not None and task.prepare.query.bounds is None:
+    if strategy.trains and task.prepare is not None and task.prepare.query.bounds is None:
         raise IncompatibleStrategy(f"{kind} and the statistics of {task.name}: Standardize needs bounds")
     if privacy.dp is not None and privacy.dp.level == "client" and privacy.dp.noise == "local":
         raise IncompatibleStrategy(
@@ -112,7 +112,7 @@ def sharing_for(strategy: Strategy, task: Task, privacy: Privacy) -> Sharing | N
     if dp is None or dp.noise == "local":
         return None
     visits = strategy.visits if dp.level == "example" else strategy.rounds
-    return Sharing(privacy, visits, int(task.prepare is not None))
+    return Sharing(privacy, visits, strategy.questions(task))
 
 
 def require_private(strategy: Strategy, task: Task, module: nn.Module, dp: DP) -> None:
@@ -121,6 +121,8 @@ def require_private(strategy: Strategy, task: Task, module: nn.Module, dp: DP) -
         require_client_level(strategy, task)
         return
     name = type(strategy).__name__
+    if not strategy.trains:
+        return
     models.require_private(task, module)
     if getattr(strategy, "gate", None) is not None:
         raise IncompatibleStrategy(f"dp and the gate of {name}: a gate tells what a site's own rows say of a model")

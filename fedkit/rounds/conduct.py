@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from fedkit.config import Evaluation, Privacy
-from fedkit.errors import RoundAbandoned, RoundLost, RunError, RunFailed
+from fedkit.errors import ConfigError, RoundAbandoned, RoundLost, RunError, RunFailed
+from fedkit.examination import Examination, ExamSums
 from fedkit.metrics import MetricSet
 from fedkit.queries import RowCount
 from fedkit.rounds.assignment import Private, Transport
@@ -23,7 +24,7 @@ from fedkit.rounds.journal import Commit, Journal, RoundRecord
 from fedkit.rounds.layout import Secret
 from fedkit.rounds.question import RunIdentity
 from fedkit.rounds.shield import Sharing, Shield
-from fedkit.strategy import Handed, Strategy
+from fedkit.strategy import Handed, Send, Strategy
 from fedkit.task import Prepared, Task
 from fedkit.weights import Binding, Weights
 from fedkit.work import Answer, Evaluate, MetricSums
@@ -116,7 +117,7 @@ class _Run(JournaledFederation):
     def __init__(self, plan: Plan, strategy: Strategy, transport: Transport, journal: Journal) -> None:
         dp = plan.privacy.dp
         of_rows = dp is not None and dp.level == "example"
-        private = Private(dp, strategy.visits, int(plan.task.prepare is not None)) if dp and of_rows else None
+        private = Private(dp, strategy.visits, strategy.questions(plan.task)) if dp and of_rows else None
         secret = Secret.of(plan.privacy)
         about = (strategy.participation, strategy.least, private, plan.shield, secret, plan.sharing)
         identity = RunIdentity(plan.name, plan.seed, *about)
@@ -138,7 +139,7 @@ class _Run(JournaledFederation):
             try:
                 if self.identity.secret is not None:
                     self.now.contributed(self.clients, await self.summarize(self.clients, RowCount()), None)
-                if isinstance(module, Prepared) and self._plan.task.prepare is not None:
+                if isinstance(module, Prepared) and self._plan.task.prepare is not None and self._strategy.trains:
                     moments = await self.summarize(self.clients, self._plan.task.prepare.query)
                     module.prepare.set(moments)
                 model = self._initial(Weights.from_module(module, self._plan.task.travels))
@@ -173,7 +174,7 @@ class _Run(JournaledFederation):
         fresh.manifest.require_shapes(init.manifest, "init")
         vector = init.vector.copy()
         for name, where in fresh.manifest.slices.items():
-            if self._plan.task.prepare is not None and name.startswith("prepare."):
+            if self._plan.task.prepare is not None and name.startswith("prepare.") and self._strategy.trains:
                 vector[where] = fresh.vector[where]
         return fresh.with_vector(vector)
 
@@ -223,6 +224,16 @@ class _Run(JournaledFederation):
     async def evaluate(self, cohort: Collection[str], model: Weights) -> dict[str, float]:
         """Loss and metrics on the cohort's validation data, pooled; empty where nobody has any."""
         return (await self._score(cohort, model, Evaluate())).pooled
+
+    async def examine(
+        self, cohort: Collection[str], model: Weights, work: Evaluate, send: Send | None = None
+    ) -> Examination | None:
+        """Scores of the ONNX file that the model exports to, pooled; None where nobody has such rows."""
+        if work.exam is None:
+            raise ConfigError("examine takes Evaluate(exam=Exam(...)): evaluate scores the model itself")
+        sums = ExamSums(self._metrics, work.exam)
+        total = await self.sums(cohort, model, work, sums.size, send=send)
+        return None if total is None else sums.read(total.vector)
 
     async def _score(self, cohort: Collection[str], model: Weights, work: Evaluate) -> _Scores:
         single: dict[str, MetricSums] = {}
@@ -345,6 +356,9 @@ class _Run(JournaledFederation):
     async def finish(self) -> Outcome:
         """Scores the final and the best model on test data, once, and hands everything over."""
         last, best = self._last(), self.journal.best()
+        history = [record for record in self.journal.history() if record.round > 0]
+        if not self._strategy.trains:
+            return Outcome(last.model, history, self.journal.abandoned(), state=last.state)
         await self._assemble(_TEST_ROUND)
         test = await self._score(self.clients, last.model, Evaluate(split="test"))
         found = None
@@ -352,7 +366,6 @@ class _Run(JournaledFederation):
             same = best.round == last.round
             scores = test if same else await self._score(self.clients, best.model, Evaluate(split="test"))
             found = Best(best.round, best.model, dict(best.record.metrics), scores.pooled)
-        history = [record for record in self.journal.history() if record.round > 0]
         refusals = tuple(self.now.refusals)
         abandoned, state = self.journal.abandoned(), last.state
         return Outcome(last.model, history, abandoned, test.pooled, test.each, found, refusals, state)

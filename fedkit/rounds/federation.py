@@ -218,17 +218,24 @@ class JournaledFederation(SecureSums):
         self.now.withdrawn(hop.by, hop.assignment)
 
     async def sums(
-        self, cohort: Collection[str], model: Weights, work: Evaluate, size: int, each: Each | None = None
+        self,
+        cohort: Collection[str],
+        model: Weights,
+        work: Evaluate,
+        size: int,
+        each: Each | None = None,
+        send: Send | None = None,
     ) -> Total | None:
         """The `size` metric sums of all who have data; `each` sees single answers, where sites release them."""
         cohort = self._who_can_open(cohort, model)
         if not cohort:
             return None
+        parcel = Parcel(model, vectors_of(send))
         rule = Participation(quorum=1, deadline_s=self.identity.participation.deadline_s)
         if self.identity.secret is not None:
-            return await self._secret_scores(self.identity.secret, cohort, Parcel(model), work, size, rule)
+            return await self._secret_scores(self.identity.secret, cohort, parcel, work, size, rule)
         fold = SumFold(cohort, size)
-        await self._group(self._ask(work, "sums", Parcel(model), cohort), fold, rule, each=each, optional=True)
+        await self._group(self._ask(work, "sums", parcel, cohort), fold, rule, each=each, optional=True)
         return fold.result()
 
     def _who_can_open(self, cohort: Collection[str], model: Weights) -> Collection[str]:
@@ -240,9 +247,13 @@ class JournaledFederation(SecureSums):
         self.now.refusals += [Refusal(name, Reason.ENCRYPTION, text) for name in sorted(set(cohort) - known)]
         return [name for name in cohort if name in known]
 
-    async def summarize(self, cohort: Collection[str], query: Query) -> Any:
-        """The answer to a query about the cohort's training data; raises `RoundAbandoned` below the quorum."""
-        work, parcel, rule = Summarize(query=query), Parcel(NO_MODEL), self.identity.participation
+    async def summarize(self, cohort: Collection[str], query: Query, model: Weights | None = None) -> Any:
+        """The answer to a query about the cohort's training data; raises `RoundAbandoned` below the quorum.
+
+        Queries about what a model makes of the data take the `model`.
+        """
+        work, rule = Summarize(query=query), self.identity.participation
+        parcel = Parcel(NO_MODEL if model is None else model)
         total: Total | None
         if self.identity.secret is not None:
             if query.size is None:

@@ -25,11 +25,12 @@ from fedkit.simulation.roster import open_any, owned
 from fedkit.simulation.splits import client_names
 from fedkit.simulation.transport import Latency, SimulatedTransport
 from fedkit.simulation.workers import InProcess, Processes, Setting, Workers
+from fedkit.strategies import HandOver
 from fedkit.strategy import Strategy
 from fedkit.task import Task
 from fedkit.weights import Weights
 
-__all__ = ["simulate"]
+__all__ = ["asking", "simulate"]
 
 T = TypeVar("T")
 
@@ -93,7 +94,23 @@ def simulate(
     finally:
         place.close()
     warn_of_failures(outcome)
-    return Result(task=task, strategy=trained(strategy, outcome), seed=seed, clients=tuple(names), outcome=outcome)
+    about: Any = {"name": task.name, "privacy": privacy, "evaluate": evaluate, "engine": "simulation"}
+    ask = asking(task, names, seed, workers=workers, threads=threads, device=device)
+    return Result(task, trained(strategy, outcome), seed, tuple(names), outcome, **about, ask=ask)
+
+
+def asking(
+    task: Task, clients: Sequence[str], seed: int, **how: Any
+) -> Callable[[HandOver, Weights, Privacy], HandOver]:
+    """What hands a model over to the same simulated clients; `how` is as in `simulate`."""
+
+    def ask(strategy: HandOver, model: Weights, privacy: Privacy) -> HandOver:
+        about: Any = {"clients": clients, "seed": seed, "init": model, "privacy": privacy, "progress": False}
+        found = simulate(task, strategy, **about, **how).strategy
+        assert isinstance(found, HandOver)  # it is the strategy that was given
+        return found
+
+    return ask
 
 
 @contextlib.contextmanager

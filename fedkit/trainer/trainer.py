@@ -21,9 +21,11 @@ from fedkit.privacy.dpsgd import Done, NoisyGradients, PrivateSteps
 from fedkit.privacy.models import require_private
 from fedkit.privacy.randomness import Randomness
 from fedkit.queries import Moments
+from fedkit.ranges import RANGES, Ranges, noised
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.task import Data, Task
 from fedkit.trainer.batches import all_rows, batches, fingerprint, row_count, shuffled, smallest_class, split_valid
+from fedkit.trainer.deployed import Exporter
 from fedkit.trainer.loop import Loop
 from fedkit.trainer.quantized import as_asked
 from fedkit.weights import Binding, Vector, Weights
@@ -38,6 +40,7 @@ ClientState: TypeAlias = dict[str, npt.NDArray[Any]]
 
 _LOCAL = "local/"  # tensors of the model that are not exchanged
 _CONTROL = "control"  # SCAFFOLD's c and c_i
+_CPU = torch.device("cpu")
 
 
 def pick_device(wish: str = "auto") -> torch.device:
@@ -105,6 +108,7 @@ class Trainer:
         self.fingerprint = lru_cache(maxsize=cached_clients)(self._fingerprint)
         self.done = Done()
         self._clipped: ClippedGradients | None = None
+        self._exporter = Exporter(task, seed, self._watched)
 
     def _load(self, client: str) -> tuple[Data, Dataset[Any], Dataset[Any] | None]:
         rng.seed_all(rng.seed_for(self._seed, "data", client))
@@ -139,8 +143,14 @@ class Trainer:
         work = assignment.work
         if private is not None:
             return self._privately(assignment, parcel, state, private)
+        if isinstance(work, Summarize) and isinstance(work.query, Ranges):
+            self._receive(parcel.model, state)
+            data, rows, _ = self.load(assignment.client)
+            return self._noised(
+                work, self._exporter.ranges(self._module, work.query, assignment.client, data, rows), question
+            ), state
         if isinstance(work, Summarize):
-            return self._summarize(assignment.client, work, question), state
+            return self._noised(work, self._summarize(assignment.client, work), question), state
         if isinstance(work, Fit) and work.gate is not None:
             return self._fit_gated(assignment, work.gate, parcel, state)
         answer, after = self._work(assignment, parcel, state)
@@ -155,6 +165,9 @@ class Trainer:
         self.load(assignment.client)  # before the seed is set, so that nothing depends on what is cached
         rng.seed_all(seed)
         if isinstance(work, Evaluate):
+            if work.exam is not None:
+                about = (work, work.exam, parcel.extra.get(RANGES), *self._scored(assignment.client, work))
+                return self._exporter.examine(self._module, *about), state
             return self._evaluate(assignment.client, work), state
         if isinstance(work, Gradient):
             return self._gradient(assignment, work, seed), state
@@ -290,7 +303,7 @@ class Trainer:
         data, rows = self._scored(client, work)
         if self.task.step is not None:
             return row_count(rows)
-        batches = all_rows(data, rows, work.batch_size, torch.device("cpu"))
+        batches = all_rows(data, rows, work.batch_size, _CPU)
         return smallest_class(self.task.columns(batch)[1] for batch, _ in batches)
 
     def _scored(self, client: str, work: Evaluate) -> tuple[Data, Dataset[Any]]:
@@ -311,17 +324,21 @@ class Trainer:
                 metrics.update(self._module, batch, count)
         return MetricSums(metrics.sums(), row_count(rows))
 
-    def _summarize(self, client: str, work: Summarize, steps: Steps | None) -> Summary:
+    def _summarize(self, client: str, work: Summarize) -> Summary:
+        assert not isinstance(work.query, Ranges)  # which take the model
         data, rows, _ = self.load(client)
-        columns = (self.task.columns(batch) for batch, _ in all_rows(data, rows, 4096, torch.device("cpu")))
+        columns = (self.task.columns(batch) for batch, _ in all_rows(data, rows, 4096, _CPU))
         flat = ((x.reshape(len(x), -1).numpy(), y.numpy()) for x, y in columns)
-        answer = work.query.answer(flat)
-        if steps is not None:
-            assert isinstance(work.query, Moments)  # the plan has refused everything else
-            assert answer.dtype == np.int64
-            noise = Randomness().normal(len(answer)) * (steps.noise_multiplier * work.query.sensitivity)
-            answer = work.query.noised(answer, noise.numpy())
-        return Summary(answer, row_count(rows))
+        return Summary(work.query.answer(flat), row_count(rows))
+
+    @staticmethod
+    def _noised(work: Summarize, answer: Summary, steps: Steps | None) -> Summary:
+        if steps is None:
+            return answer
+        assert isinstance(work.query, Moments | Ranges)  # the plan has refused everything else
+        assert answer.vector.dtype == np.int64
+        noise = Randomness().normal(len(answer.vector)) * (steps.noise_multiplier * work.query.sensitivity)
+        return replace(answer, vector=noised(answer.vector, noise.numpy()))
 
 
 def _watched(stream: Iterator[T], watch: Watch, total: int) -> Iterator[T]:

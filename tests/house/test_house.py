@@ -64,6 +64,7 @@ EDGES = {
     "fedkit/trainer/client.py": 1,
     "fedkit/simulation/workers.py": 1,
     "fedkit/deploy/convert.py": 1,
+    "fedkit/deploy/quantize.py": 1,
     "fedkit/codec.py": 1,
     "server/runs.py": 1,
     "client/worker.py": 1,
@@ -261,8 +262,9 @@ def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(site: Path, tmp_pa
     facts = json.loads(done.stdout)
     assert {row["name"] for row in facts["accuracy"]} == {"Each hospital alone", "All rows pooled", "FedAvg"}
     assert sorted(path.name for path in (here / "fedkit-demo").iterdir()) == [
+        "bundle",
         "curves.png",
         "federation",
-        "model.onnx",
         "run",
+        "signer",
     ]

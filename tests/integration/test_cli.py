@@ -47,7 +47,7 @@ def test_a_run_file_is_trained_saved_and_exported(tmp_path: Path) -> None:
     assert "Next: fedkit export first" in trained.stdout
     exported = fedkit("export", "first", "--out", "bundle", "--best", "--json", cwd=tmp_path)
     assert exported.returncode == 0, exported.stderr
-    assert json.loads(exported.stdout)["difference"] < 1e-5
+    assert json.loads(exported.stdout)["passport"]["parity"]["difference"] < 1e-5
     assert (tmp_path / "bundle" / "model.onnx").stat().st_size > 1000
 
 
@@ -114,7 +114,7 @@ def test_what_is_missing_is_said_with_what_to_do(tmp_path: Path) -> None:
     from fedkit.cli import app
 
     missing = CliRunner().invoke(app, ["simulate", str(tmp_path / "none.toml")])
-    assert _flat("there is no such file") in _flat(missing.output)
+    assert _flat("No such file") in _flat(missing.output)
     empty = CliRunner().invoke(app, ["export", str(tmp_path), "--out", str(tmp_path / "x")])
     assert _flat("fedkit simulate --out") in _flat(empty.output)
     other = CliRunner().invoke(app, ["demo", "--strategy", "Krum", "--out", str(tmp_path)])

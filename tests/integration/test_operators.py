@@ -900,7 +900,7 @@ def test_json_of_a_run_is_that_of_its_result(fedkit_at: Callable[..., Result]) -
     assert facts["strategy"]["name"] == "FedAvg"
 
 
-def test_a_detached_run_needs_no_task_here_and_is_seen_by_status_and_models(
+def test_a_detached_run_needs_no_task_here_and_is_seen_by_status_and_weights(
     serving: Serving, coordinator: Coordinator, fedkit_at: Callable[..., Result], tmp_path: Path
 ) -> None:
     assert "Next: fedkit status toy-1" in fedkit_at("run", "run.toml", "--detach").stdout
@@ -909,11 +909,11 @@ def test_a_detached_run_needs_no_task_here_and_is_seen_by_status_and_models(
     assert "finished" in table
     assert "Task toy, FedAvg, 2 rounds, seed 3\nRound 2: 3 clients" in table
     assert json.loads(fedkit_at("status", "--json").stdout)["runs"][0]["name"] == "toy-1"
-    assert {one["which"] for one in json.loads(fedkit_at("models", "--json").stdout)} == {"final", "best"}
-    assert "toy-1" in fedkit_at("models").stdout
-    assert fedkit_at("models", "toy-1", "--out", "m.fedkit", "--which", "best").exit_code == 0
+    assert {one["which"] for one in json.loads(fedkit_at("weights", "--json").stdout)} == {"final", "best"}
+    assert "toy-1" in fedkit_at("weights").stdout
+    assert fedkit_at("weights", "toy-1", "--out", "m.fedkit", "--which", "best").exit_code == 0
     assert codec.load(tmp_path / "m.fedkit") == coordinator.weights("toy-1", "best")
-    facts = json.loads(fedkit_at("models", "toy-1", "--out", "m.fedkit", "--json").stdout)
+    facts = json.loads(fedkit_at("weights", "toy-1", "--out", "m.fedkit", "--json").stdout)
     assert facts["digest"] == coordinator.weights("toy-1").digest
     assert "was over already: finished" in fedkit_at("cancel", "toy-1").stdout
 
@@ -922,9 +922,9 @@ def test_a_coordinator_with_nothing_says_what_to_do_next(fedkit_at: Callable[...
     found = fedkit_at("status").stdout
     assert "No client has attended yet. Next: start one at each site with fedkit client" in found
     assert "There are no runs yet. Next: fedkit run RUN.toml" in found
-    assert "There are no models yet" in fedkit_at("models").stdout
+    assert "There are no models yet" in fedkit_at("weights").stdout
     assert json.loads(fedkit_at("status", "--json").stdout)["clients"] == []
-    assert json.loads(fedkit_at("models", "--json").stdout) == []
+    assert json.loads(fedkit_at("weights", "--json").stdout) == []
 
 
 def test_tables_fit_eighty_columns_and_take_no_text_for_markup(
@@ -994,8 +994,8 @@ def test_control_c_leaves_the_run_alone_and_says_how_to_look_again(
     [
         (("cancel", "none"), "there is no run 'none'"),
         (("status", "none"), "there is no run 'none'"),
-        (("models", "none", "--out", "x"), "there is no run 'none'"),
-        (("models", "--out", "x"), "fedkit models RUN --out FILE"),
+        (("weights", "none", "--out", "x"), "there is no run 'none'"),
+        (("weights", "--out", "x"), "fedkit weights RUN --out FILE"),
         (("status", "--coordinator", "127.0.0.1:1"), "nothing answers at 127.0.0.1:1: is fedkit server running there"),
         (("status", "--coordinator", "far.example:8443"), "off loopback an identity is needed"),
         (("run", "run.toml", "--detach", "--out", "x"), "--detach returns before there is a result"),

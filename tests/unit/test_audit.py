@@ -37,6 +37,29 @@ def test_what_was_written_is_verified_and_goes_on_after_a_restart(tmp_path: Path
     assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [*range(LINES), *range(LINES)]
 
 
+def test_the_last_line_is_known_when_a_log_is_taken_up_again(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.log")
+    assert log.last == {}
+    log.close()
+    log = AuditLog(written(tmp_path))
+    assert (log.last["event"], log.last["number"], log.last["line"]) == ("stored", LINES - 1, LINES)
+    log.close()
+
+
+def test_a_log_that_cannot_be_flushed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path / "audit.log")
+    log.write({"event": "stored"})
+    log.flush()
+
+    def full(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="free space or mend the disk"):
+        log.flush()
+    log.close()
+
+
 def test_an_event_cannot_pose_as_the_logs_own_fields(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.log")
     log.write({"event": "stored", "digest": "x", "line": 9, "previous": "y", "at": "never"})

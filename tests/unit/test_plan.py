@@ -14,7 +14,8 @@ from fedkit.errors import ConfigError, IncompatibleStrategy, Reason, Refused
 from fedkit.gate import Gate
 from fedkit.privacy.accounting import epsilon_of, rdp_of
 from fedkit.privacy.plan import QUESTION_SHARE, planned
-from fedkit.queries import SCALE, LabelCounts, Moments
+from fedkit.queries import LabelCounts, Moments
+from fedkit.ranges import SCALE, noised
 from fedkit.rounds.assignment import Private
 from fedkit.strategies import CyclicWeightTransfer, FedAvg, FedBuff
 from fedkit.testing import toy_task
@@ -112,9 +113,9 @@ def test_one_row_moves_the_statistics_by_no_more_than_their_sensitivity(rows: np
 def test_statistics_under_noise_stay_within_their_bounds() -> None:
     query = Moments(bounds=[(0.0, 1.0), (-1.0, 2.0)])
     answer = query.answer([(np.full((50, 2), 0.5), np.zeros(50))])
-    assert np.array_equal(query.noised(answer, np.zeros(5)), answer)
+    assert np.array_equal(noised(answer, np.zeros(5)), answer)
     for strange in (np.full(5, -1e6), np.full(5, 1e6), np.array([-60.0, 5.0, -5.0, 90.0, -90.0])):
-        found = query.finish(query.noised(answer, strange), noised=True)
+        found = query.finish(noised(answer, strange), noised=True)
         assert (found.mean >= [0.0, -1.0]).all()
         assert (found.mean <= [1.0, 2.0]).all()
         assert (found.std >= [0.05, 0.15]).all()

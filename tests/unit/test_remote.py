@@ -78,6 +78,7 @@ def test_connect_is_the_packages_own() -> None:
 
 NEEDED = {
     "FedSGD": {"lr": 0.1},
+    "HandOver": {"graph": "0" * 64, "bounds": [1.0], "variants": ("int8",), "given": [(-1.0, 1.0)]},
     "NormClipping": {"max_norm": 1.0},
     "StochasticWeightTransfer": {"clients_per_round": 2},
 }
