@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -18,6 +19,7 @@ from bench.accounting import accounting
 from bench.encryption import encryption
 from bench.fashion_mnist import accuracy_against_epsilon
 from bench.masking import masking
+from bench.quantization import eight_bits
 from bench.run import arguments, network, ratios
 from bench.sealing import sealing
 from bench.table import Figure, show
@@ -110,6 +112,8 @@ def main() -> None:
     good &= show("Masked sums", masking())
     if given.data is not None:
         good &= show("Fashion-MNIST, ten clients, delta 1e-5", accuracy_against_epsilon(given.data, Path("out")))
+        with tempfile.TemporaryDirectory() as folder:
+            good &= show("Depthwise CNN in 8 bits, ONNX Runtime, one core", eight_bits(given.data, Path(folder)))
     good &= show("Encrypted sums", encryption())
     good &= show("Sealed models", sealing())
     good &= show("Equalities", equalities())

@@ -127,6 +127,21 @@ def test_private_fashion_learns_with_one_noise_for_all_clients(garments, monkeyp
     assert 7.0 < number(r"at epsilon (\d\.\d+)", text) <= 8.0
 
 
+def names_of(text: str) -> list[str]:
+    return re.findall(r"^(float32|int8.*?) +\d+\.\d+%", text, re.MULTILINE)
+
+
+def test_quantized_fashion_compares_what_is_deployed_in_8_bits(garments, tmp_path, monkeypatch, capsys):
+    arguments = ["--blocks", "1", "--clients", "2", "--rows", "100", "--rounds", "1", "--out", str(tmp_path / "models")]
+    run_here("fashion", monkeypatch, "--data", str(garments), *arguments, program="quantized.py")
+    text = capsys.readouterr().out
+    assert names_of(text) == names_of((EXAMPLES / "fashion" / "README.md").read_text())
+    sizes = [int(size.replace(",", "")) for size in re.findall(r" (\d+,\d[\d,]+) ", text)]
+    assert len(sizes) == 4
+    assert max(sizes[1:]) < 0.4 * sizes[0]
+    assert {file.name for file in (tmp_path / "models").rglob("*.onnx")} >= {"model.onnx", "model.channel.onnx"}
+
+
 @pytest.mark.parametrize(
     ("shape", "values", "header", "complaint"),
     [
