@@ -23,7 +23,7 @@ from fedkit.deploy.gate import noise_ranges, onnx_seconds
 from fedkit.deploy.quantize import build
 from fedkit.deploy.runtime import session
 
-__all__ = ["NETWORKS", "architectures"]
+__all__ = ["NETWORKS", "architectures", "same_classes"]
 
 TIES = 1e-4  # classes whose outputs differ by less, relative to the largest, are no different ones
 

@@ -16,6 +16,8 @@ from torch import nn
 
 import fedkit
 from bench.accounting import accounting
+from bench.architectures import architectures
+from bench.calibration import calibration
 from bench.encryption import encryption
 from bench.fashion_mnist import accuracy_against_epsilon
 from bench.masking import masking
@@ -110,10 +112,12 @@ def main() -> None:
     good = show("Accuracy on real data", heart())
     good &= show("Differential privacy", [*private_heart(), *accounting()])
     good &= show("Masked sums", masking())
+    good &= show("Six architectures as ONNX", architectures())
     if given.data is not None:
         good &= show("Fashion-MNIST, ten clients, delta 1e-5", accuracy_against_epsilon(given.data, Path("out")))
         with tempfile.TemporaryDirectory() as folder:
             good &= show("Depthwise CNN in 8 bits, ONNX Runtime, one core", eight_bits(given.data, Path(folder)))
+        good &= show("Ranges from five clients with different images", calibration(given.data))
     good &= show("Encrypted sums", encryption())
     good &= show("Sealed models", sealing())
     good &= show("Equalities", equalities())

@@ -2,32 +2,28 @@
 
 A small CNN with depthwise separable convolutions (Howard et al. 2017, "MobileNets") visits the clients in turn. Then
 two runs go on from it for as many rounds: one as before, whose model is deployed in float32 and, quantised after
-training, in 8 bits; the other with 8-bit numbers simulated. All are measured on the test images in ONNX Runtime.
+training, in 8 bits; the other with 8-bit numbers simulated. Both are handed over (`Result.export`): the clients give
+the ranges, and score the files in ONNX Runtime.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import onnxruntime
 import torch
-from idx import CLASSES, Labels, find, load, parsed
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from idx import CLASSES, find, load, parsed
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import fedkit
+from fedkit.deploy.passport import Measured
 from fedkit.simulation import splits
 from fedkit.strategies import CyclicWeightTransfer
 
@@ -35,10 +31,8 @@ WIDTHS = (16, 32, 64, 128, 256, 512)
 STRIDES = (1, 2, 1, 2, 1)
 HIDDEN = 2048
 RATES = (0.05, 0.005, 0.001)  # of the first rounds, of one after them, and of those that follow
-CALIBRATED_ROWS = 64  # of each client, from which the ranges of activations are taken
-REPEATS = {1: (60, 20), 64: (30, 2)}  # for each batch size: how often it is timed, and how many calls at once
-
-Images = npt.NDArray[np.float32]
+ROWS_CALIBRATED = 64  # of each client, from which the ranges of activations are taken
+COMPARED = fedkit.Limits(size=1.0, cpu=10.0, agreement=0.0, drop=1.0)  # shown whatever it comes to
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +49,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One variant as it is deployed: its accuracy, the size of its file, and milliseconds of CPU time by batch size."""
+    """One variant as it is deployed: its accuracy on the test images at the clients, and what the gate measured."""
 
     variant: str
     accuracy: float
-    size_bytes: int
-    cpu_ms: Mapping[int, float]
+    measured: Measured
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -125,74 +118,20 @@ def train(data: Mapping[str, fedkit.Data], plan: Plan) -> tuple[fedkit.Result, f
 # -- deployment --------------------------------------------------------------------------------------------------------
 
 
-class Batches(CalibrationDataReader):
-    """The clients' images, one client after the other."""
-
-    def __init__(self, data: Mapping[str, fedkit.Data]) -> None:
-        self._left = iter([held.train[:CALIBRATED_ROWS][0].numpy() for held in data.values()])
-
-    def get_next(self) -> dict[str, Images] | None:
-        """The next client's images; None after the last."""
-        images = next(self._left, None)
-        return None if images is None else {"image": images}
-
-
-def quantized(file: Path, data: Mapping[str, fedkit.Data], *, per_channel: bool = True) -> Path:
-    """The model in 8 bits beside `file`: activations by the ranges that clients see, weights by channel or tensor."""
-    found = file.with_suffix(f".{'channel' if per_channel else 'tensor'}.onnx")
-    kinds = {"weight_type": QuantType.QInt8, "activation_type": QuantType.QUInt8}
-    float_bias = {"QuantizeBias": False}  # which ONNX Runtime quantises itself: the file is smaller, and as fast
-    quantize_static(str(file), str(found), Batches(data), per_channel=per_channel, extra_options=float_bias, **kinds)
-    return found
-
-
-def opened(file: Path) -> onnxruntime.InferenceSession:
-    """The model in ONNX Runtime, on one core."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-def accuracy(session: onnxruntime.InferenceSession, images: Images, labels: Labels) -> float:
-    """The share of images that are told rightly."""
-    told = [session.run(None, {"image": part})[0].argmax(axis=1) for part in np.array_split(images, 20)]
-    return float((np.concatenate(told) == labels).mean())
-
-
-def cpu_ms(sessions: list[onnxruntime.InferenceSession], images: Images) -> list[float]:
-    """The median milliseconds of CPU time that one call takes, measured in turn."""
-    repeats, calls = REPEATS[len(images)]
-    found: list[list[float]] = [[] for _ in sessions]
-    for _ in range(repeats):
-        for session, times in zip(sessions, found, strict=True):
-            began = time.process_time()
-            for _ in range(calls):
-                session.run(None, {"image": images})
-            times.append((time.process_time() - began) * 1000 / calls)
-    return [statistics.median(times) for times in found]
-
-
 def compare(folder: Path, out: Path, plan: Plan = Plan()) -> list[Row]:
-    """Trains, deploys to `out` and measures: float32 first. Raises `DataError` for files that are not Fashion-MNIST."""
+    """Trains, hands over to `out`, and compares: float32 first. Raises `DataError` for files of another kind."""
     data = deal(folder, plan)
     plain, aware = train(data, plan)
-    exact, learned = plain.export(out / "plain"), aware.export(out / "aware")
-    files = {
-        "float32": exact,
-        "int8 after training, one scale a tensor": quantized(exact, data, per_channel=False),
-        "int8 after training": quantized(exact, data),
-        "int8 in training": quantized(learned, data),
-    }
-    return measured(files, *load(folder, "test"))
-
-
-def measured(files: Mapping[str, Path], images: Images, labels: Labels) -> list[Row]:
-    """Each variant with its file's figures."""
-    sessions = [opened(file) for file in files.values()]
-    times = {batch: cpu_ms(sessions, images[:batch]) for batch in REPEATS}
+    settings = fedkit.Export(quantize="int8", rows=ROWS_CALIBRATED, limits=COMPARED)
+    after, during = (
+        result.export(out / name, settings=settings, key=out / "signer").passport
+        for name, result in (("after", plain), ("during", aware))
+    )
+    exact = Row("float32", plain.test["accuracy"], after.measured("fp32"))
+    quantized = {"int8 after training": after, "int8 in training": during}
     return [
-        Row(name, accuracy(session, images, labels), file.stat().st_size, {batch: times[batch][i] for batch in times})
-        for i, ((name, file), session) in enumerate(zip(files.items(), sessions, strict=True))
+        exact,
+        *(Row(name, one.examined.pooled["accuracy"], one.measured("int8")) for name, one in quantized.items()),
     ]
 
 
@@ -201,24 +140,18 @@ def measured(files: Mapping[str, Path], images: Images, labels: Labels) -> list[
 
 def cells(row: Row, exact: Row) -> Iterator[str]:
     """A row of the table, beside float32."""
+    cost = row.measured
     yield from (row.variant, f"{row.accuracy:.2%}", f"{100 * (row.accuracy - exact.accuracy):+.2f}")
-    yield from (f"{row.size_bytes:,}", f"{row.size_bytes / exact.size_bytes:.3f}")
-    for batch, spent in row.cpu_ms.items():
-        yield from (f"{spent:.3f}", f"{spent / exact.cpu_ms[batch]:.2f}")
+    yield from (f"{cost.size_bytes:,}", f"{cost.size_ratio:.3f}")
+    yield from (f"{cost.cpu_ratio.get(batch, 1.0):.2f}" for batch in ("1", "64"))
+    yield from (f"{cost.torch_ratio['1']:.2f}", f"{cost.agreement:.2%}")
 
 
 def table(rows: list[Row]) -> Table:
-    """The comparison, as it is printed."""
+    """The comparison, as it is printed: CPU times are over float32 in ONNX Runtime, and over PyTorch."""
     found = Table(box=None, pad_edge=False)
     found.add_column("variant")
-    heads = [
-        "accuracy",
-        "points",
-        "bytes",
-        "ratio",
-        *(f"{head}" for n in REPEATS for head in (f"ms, batch {n}", "ratio")),
-    ]
-    for head in heads:
+    for head in ("accuracy", "points", "bytes", "ratio", "CPU at 1", "at 64", "of PyTorch at 1", "agreement"):
         found.add_column(head, justify="right")
     for row in rows:
         found.add_row(*cells(row, rows[0]))

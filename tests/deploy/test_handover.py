@@ -13,10 +13,11 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import fedkit
+from bench.architectures import NETWORKS, same_classes
 from fedkit import rng
 from fedkit.config import DP
 from fedkit.deploy.bundle import MODELS, verify_bundle
-from fedkit.deploy.convert import convert
+from fedkit.deploy.convert import TOLERANCE, convert, difference
 from fedkit.deploy.passport import Passport
 from fedkit.deploy.quantize import build
 from fedkit.deploy.runtime import session
@@ -216,6 +217,16 @@ def test_a_recurrent_network_is_quantised_as_it_runs_and_not_by_ranges(tmp_path:
     assert gate["int8-dynamic"].size_ratio < 0.35
     assert not gate["fp16"].passed
     assert "ONNX Runtime" in gate["fp16"].why  # which dies of it, in a process of its own
+
+
+@pytest.mark.parametrize("name", ["CNN", "transformer"])
+def test_float32_gives_what_pytorch_gives(name: str) -> None:
+    (make, given) = next((make, given) for known, make, given, _ in NETWORKS if known == name)
+    network = toy_task(name=name, model=make, inputs={"x": given})
+    module = network.build(0).eval()
+    content = convert(module, network).content
+    assert difference(content, module, network) <= TOLERANCE
+    assert same_classes(content, module, network) == 1.0
 
 
 def test_a_site_that_converts_to_another_graph_refuses(result: Result) -> None:
