@@ -143,7 +143,7 @@ def cells(row: Row, exact: Row) -> Iterator[str]:
     cost = row.measured
     yield from (row.variant, f"{row.accuracy:.2%}", f"{100 * (row.accuracy - exact.accuracy):+.2f}")
     yield from (f"{cost.size_bytes:,}", f"{cost.size_ratio:.3f}")
-    yield from (f"{cost.cpu_ratio.get(batch, 1.0):.2f}" for batch in ("1", "64"))
+    yield from (f"{cost.cpu_ratio[batch]:.2f}" for batch in ("1", "64"))
     yield from (f"{cost.torch_ratio['1']:.2f}", f"{cost.agreement:.2%}")
 
 

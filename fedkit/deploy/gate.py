@@ -55,7 +55,7 @@ def measured(
     eager = torch_seconds(module, task)
     ranges = noise_ranges(converted, module, task)
     [fp32] = onnx_seconds([converted.content], module, task)
-    base: Any = {"size_bytes": len(converted.content), "cpu_s": fp32}
+    base: Any = {"size_bytes": len(converted.content), "cpu_s": fp32, "cpu_ratio": dict.fromkeys(fp32, 1.0)}
     found = [Measured(variant="fp32", passed=True, why="the reference", torch_ratio=_ratio(fp32, eager), **base)]
     for variant in variants:
         try:
