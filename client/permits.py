@@ -68,7 +68,7 @@ class Permits:
         await self._require_moment(at_work=False)
         if not assignment.is_worked or counts_rows(assignment.work):
             return  # what this is for counts, or nothing does
-        question = blake3(message.summarize.SerializeToString(deterministic=True)).hexdigest()
+        question = blake3(message.summarize.SerializeToString(deterministic=True) + _about(message)).hexdigest()
         at = (assignment.id, assignment.run, assignment.round)
         kind, data = kind_of(assignment.work, assignment.returns), self.policy.data_of(message.task)
         visit = Visit(*at, kind, data, question, is_charged=assignment.private is not None)
@@ -219,6 +219,11 @@ class Permits:
         if self._looks:  # aside, because the tools that are asked may take their time
             found = objections_to_moment(self.policy, self._surroundings, at_work=at_work)
             refuse(await asyncio.to_thread(list, found))
+
+
+def _about(message: pb.Assignment) -> bytes:
+    """The model that a question is about: with another one it is another question."""
+    return bytes(message.model_digest) if message.summarize.HasField("ranges") else b""
 
 
 def objections_to_code(policy: Policy, task: Task | None, source: str, work: Work) -> Iterator[Objection]:

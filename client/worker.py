@@ -46,7 +46,7 @@ from fedkit.spool import payload_digest
 from fedkit.task import Task
 from fedkit.trainer.trainer import ClientState, Trainer
 from fedkit.weights import Manifest
-from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Reply, Update
+from fedkit.work import Answer, Evaluate, Fit, Gradient, MetricSums, Reply, Summarize, Update
 
 __all__ = ["Outfit", "read_message", "work", "write_message"]
 
@@ -155,7 +155,7 @@ class _Worker:
         self._watch(0, 0)
         trainer, policy = self._trainer(message), self._outfit.policy
         plan, private = None, assignment.private
-        if isinstance(assignment.work, Fit | Gradient):
+        if isinstance(assignment.work, Fit | Gradient | Summarize):
             rows = trainer.rows(assignment.client)
             refuse(policy.objections_to_rows(assignment.work, rows, private=private is not None))
         if assignment.is_noised:

@@ -87,6 +87,10 @@ class Questions(Settings):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(f"{name}: each one once")
+        if len({(one.metric, one.way) for one in self.bounds}) != len(self.criteria):
+            raise ValueError(
+                "criteria: one bound of a metric in each direction, as several would tell sites' own scores"
+            )
 
     @property
     def bounds(self) -> tuple[Bound, ...]:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedkit.config import DP, Privacy
+from fedkit.config import DP, Participation, Privacy
 from fedkit.deploy.bundle import MODELS, write_bundle
 from fedkit.deploy.convert import BATCHES, TOLERANCE, as_outputs, checked, inputs
+from fedkit.deploy.folders import require_free
 from fedkit.deploy.gate import BATCHES as GATE_BATCHES
 from fedkit.deploy.gate import measured, noise_ranges, onnx_seconds
 from fedkit.deploy.passport import (
@@ -39,7 +40,8 @@ from fedkit.deploy.probe import Probe, drawn
 from fedkit.deploy.quantize import build
 from fedkit.deploy.settings import Export, Method
 from fedkit.deploy.signer import pseudonyms, signing_key
-from fedkit.errors import ConfigError, TaskError
+from fedkit.deploy.verify import looks_like_a_bundle
+from fedkit.errors import ConfigError, ExportError, TaskError
 from fedkit.exam import VARIANTS, Questions, Variant
 from fedkit.rounds.journal import RoundRecord
 from fedkit.rounds.shield import EVERY_CLIENT
@@ -107,6 +109,7 @@ def hand_over(
 
     Raises `ConfigError`, `ExportError` where the model cannot be handed over, and what a run raises.
     """
+    require_free(Path(folder), looks_like_a_bundle)
     signing = signing_key(key)
     work = _Work(subject, export, questions)
     say("converting the model, and measuring its variants")
@@ -126,6 +129,7 @@ class _Work:
     def __init__(self, subject: Subject, export: Export, questions: Questions) -> None:
         self._subject, self._export, self._questions = subject, export, questions
         self._module, self._task = subject.module.cpu().eval(), subject.task
+        _require_whole(self._task, self._module)
         self._gate: list[Measured] = []
         self.found: HandOver | None = None
         dp = subject.privacy.dp
@@ -170,6 +174,7 @@ class _Work:
             max_drop=self._export.limits.drop,
             least_agreement=self._export.limits.agreement,
             exam=self._questions,
+            participation=Participation(attempts=1 if self._export.epsilon is not None else 3),  # each costs epsilon
         )
 
     def privacy(self) -> Privacy:
@@ -229,14 +234,16 @@ class _Work:
         return one.replace(why="shipped: the fastest that passes" if name == self._shipped else "passes, but is slower")
 
     def _calibrated(self) -> Calibrated | None:
-        if self._shipped != "int8":
-            return None
-        rows = 0 if self._method == "noise" else self._export.rows
         clients = 0 if self.found is None else self.found.calibrated
+        if not clients and self._shipped != "int8":
+            return None
+        is_noised = self._export.epsilon is not None
+        rows = 0 if self._method == "noise" else None if is_noised else self._export.rows
+        method: Any = "rows" if is_noised else self._method
         cost = (
             (None, None) if self._dp is None or self._export.epsilon is None else (self._export.epsilon, self._dp.delta)
         )
-        return Calibrated(method=self._method, clients=clients, rows=rows, epsilon=cost[0], delta=cost[1])
+        return Calibrated(method=method, clients=clients, rows=rows, epsilon=cost[0], delta=cost[1])
 
     def _examined(self) -> Examined | None:
         found = {} if self.found is None else self.found.examined
@@ -272,6 +279,14 @@ class _Work:
             if record.loss is not None:
                 found.setdefault("training loss", {})[record.round] = _number(record.loss)
         return found
+
+
+def _require_whole(task: Task, module: nn.Module) -> None:
+    """Raises `ExportError` where a part of the model has stayed at each client, so that there is no one model."""
+    local = [name for name, one in module.state_dict().items() if one.is_floating_point() and not task.travels(name)]
+    if local:
+        names = ", ".join(local[:3]) + (", ..." if len(local) > 3 else "")
+        raise ExportError(f"{task.name}: {names} stay at each client, so there is no one model to hand over")
 
 
 def _number(value: float | None) -> float | None:

@@ -15,8 +15,9 @@ from pydantic import Field
 
 from fedkit.config import Fraction, Name, PositiveFloat, PositiveInt, Settings, parse, read_toml
 from fedkit.errors import Reason, Refused
+from fedkit.ranges import Ranges
 from fedkit.rounds.assignment import Returns
-from fedkit.work import Evaluate, Fit, Gradient, Work, counts_rows
+from fedkit.work import Evaluate, Fit, Gradient, Summarize, Work, counts_rows
 
 __all__ = [
     "AGGREGATIONS",
@@ -124,6 +125,9 @@ class Policy(Settings):
     * `min_batch_size` and `min_steps`: what one row contributes to an update falls with both. The last batch of a pass
       may be smaller. A site with fewer rows than that does not train at all.
     * `max_lr`: of the rate a run asks for; `max_update_norm`: the Euclidean norm of what a result would change.
+    * `ranges`: which ranges of activations may be told, for the calibration of int8: "mean" tells this site's own least
+      and largest values, "clipped" how many rows have which, "noised" sums with noise, at a price from the budget. Of
+      the first two, over `min_batch_size` rows at least.
     * `summaries_per_run`: different questions about one data set; the same one may be asked again.
     * `evaluations_per_round`; `rounds_per_day`: rounds of training on one data set within 24 hours (None: any number).
     * `metrics`: those that may leave, "loss" among them (None: all); a run that scores others is not scored here.
@@ -145,6 +149,7 @@ class Policy(Settings):
     min_steps: PositiveInt = 1
     max_lr: PositiveFloat | None = None
     max_update_norm: PositiveFloat | None = None
+    ranges: tuple[Literal["mean", "clipped", "noised"], ...] = ("mean", "clipped", "noised")
     summaries_per_run: PositiveInt | None = 1
     evaluations_per_round: PositiveInt | None = 4
     rounds_per_day: PositiveInt | None = None
@@ -221,6 +226,8 @@ class Policy(Settings):
 
     def _to_work(self, wish: Wish) -> Iterator[Objection]:
         work = wish.work
+        if isinstance(work, Summarize) and isinstance(work.query, Ranges):
+            yield from _unlisted("ranges", "noised" if work.query.per_row else work.query.method, self.ranges)
         if isinstance(work, Fit | Gradient) and work.batch_size != "all" and not wish.private:
             yield from _below("batch size", work.batch_size, self.min_batch_size)
         if isinstance(work, Gradient):
@@ -249,6 +256,8 @@ class Policy(Settings):
 
     def objections_to_rows(self, work: Work, rows: int, *, private: bool = False) -> list[Objection]:
         """Rules that training on so many rows would break; differential privacy needs no least batch size."""
+        if isinstance(work, Summarize) and isinstance(work.query, Ranges) and not work.query.per_row:
+            return list(_below("rows with ranges", min(rows, work.query.rows), self.min_batch_size))
         if not isinstance(work, Fit | Gradient):
             return []
         size = rows if work.batch_size == "all" else min(work.batch_size, rows)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from fedkit.config import PositiveFloat, PositiveInt, Settings
+from fedkit.config import PositiveFloat, Settings
 
 __all__ = ["RANGES", "SCALE", "Extremes", "Ranges", "noised"]
 
@@ -29,6 +29,9 @@ _LEFT_OUT = 1000  # one row in so many, and at least one, may lie beyond a clipp
 class Ranges(Settings):
     """The range of each of the tensors that `graph` names, over up to `rows` training rows of each client.
 
+    Does not protect against: whoever picks the model, and makes one whose activations tell of few rows. That is why the
+    `method` is a matter of each site's policy.
+
     * `graph` is the digest of the converted network: who converts it otherwise cannot answer.
     * `method` "mean": each client's least and largest values, of which the mean over clients is taken. "clipped":
       counts of rows by the magnitude of their extremes, from which the range follows that all but a thousandth of the
@@ -40,7 +43,7 @@ class Ranges(Settings):
     kind: Literal["ranges"] = "ranges"
     graph: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bounds: Annotated[list[PositiveFloat], Field(min_length=1)]
-    rows: PositiveInt = 512
+    rows: Annotated[int, Field(ge=64, strict=True)] = 512
     method: Literal["mean", "clipped"] = "mean"
     per_row: bool = False
 
@@ -60,10 +63,16 @@ class Ranges(Settings):
         return math.sqrt(1 + 2 * len(self.bounds))
 
     def answer(self, extremes: Extremes) -> npt.NDArray[np.int64]:
-        """One client's sums; raises `ValueError` for NaN, and for other tensors than there are bounds."""
+        """One client's sums; raises `ValueError` for NaN, and for other tensors than there are bounds.
+
+        With `per_row`, NaN counts as 0 instead: who picks the model would learn from an error, without noise, that one
+        of the rows makes it.
+        """
         if extremes.shape[1] != len(self.bounds):
             raise ValueError(f"{len(self.bounds)} bounds are given for {extremes.shape[1]} tensors")
-        if np.isnan(extremes).any():
+        if self.per_row:
+            extremes = np.where(np.isnan(extremes), 0.0, extremes)
+        elif np.isnan(extremes).any():
             raise ValueError("the network gives NaN on a training row")
         if self.method == "clipped":
             return self._counts(extremes)

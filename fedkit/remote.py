@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -53,6 +53,9 @@ from fedkit.trust.certificates import Role
 from fedkit.trust.diagnosis import diagnose
 from fedkit.trust.identity import Identity
 from fedkit.weights import Weights
+
+if TYPE_CHECKING:
+    from fedkit.handover import Asked
 
 __all__ = ["Coordinator", "asking", "connect"]
 
@@ -299,10 +302,13 @@ class Coordinator:
         file = RunFile.from_json(message.run_file)
         strategy = strategy or _strategy(status, file)
         outcome = self._outcome(run, message)
+        privacy = file.privacy
+        ask: Asked | None = asking(self.address, self._peer.identity, known, status.seed, file.run.min_clients)
+        if _is_sealed(outcome):  # by what came, and not by what the coordinator says of it
+            privacy, ask = privacy.replace(sealed=True), None
         if owner is not None:
             outcome = opened(outcome, owner.open)
-        about: Any = {"name": run, "privacy": file.privacy, "evaluate": file.evaluate, "engine": "federation"}
-        ask = asking(self.address, self._peer.identity, known, status.seed)
+        about: Any = {"name": run, "privacy": privacy, "evaluate": file.evaluate, "engine": "federation"}
         return Result(known, trained(strategy, outcome), status.seed, _seen(outcome), outcome, **about, ask=ask)
 
     def _outcome(self, run: str, message: pb.Outcome) -> Outcome:
@@ -588,14 +594,20 @@ def _event(message: pb.RunEvent) -> RoundRecord | RunStatus:
     return convert.run_from_proto(message.state)
 
 
+def _is_sealed(outcome: Outcome) -> bool:
+    models = [outcome.weights, *([] if outcome.best is None else [outcome.best.weights])]
+    return any(model.manifest.is_sealed for model in models)
+
+
 def asking(
-    address: str, identity: Identity | Path | None, task: str | Task, seed: int
-) -> Callable[[HandOver, Weights, Privacy], HandOver]:
+    address: str, identity: Identity | Path | None, task: str | Task, seed: int, min_clients: int | None = None
+) -> Asked:
     """What hands a model over to the clients that attend a coordinator, in a run of its own."""
 
     def ask(strategy: HandOver, model: Weights, privacy: Privacy) -> HandOver:
         with connect(address, identity) as coordinator:
-            found = coordinator.run(task, strategy, seed=seed, init=model, privacy=privacy, progress=False).strategy
+            about: Any = {"init": model, "privacy": privacy, "min_clients": min_clients, "progress": False}
+            found = coordinator.run(task, strategy, seed=seed, **about).strategy
         assert isinstance(found, HandOver)  # it is the strategy that was given
         return found
 

@@ -197,6 +197,7 @@ def subject(result: Result, *, best: bool = False) -> Subject:
         rounds=len(result.history),
         round=result.best.round if best else max(rounds, default=0),
         best=best,
+        held_out=result.evaluate is not None or result.strategy.needs_valid,
         strategy=type(result.strategy).__name__,
         settings=result.strategy.to_dict(),
     )

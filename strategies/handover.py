@@ -52,6 +52,7 @@ class HandOver(Strategy):
         self.ranges = None if self.given is None else np.asarray(self.given, dtype=np.float64)
         self.scores: dict[str, dict[str, float]] = {}
         self.agreement: dict[str, float] = {}
+        self.sites: dict[str, int] = {}
         self.chosen: str = "fp32"
         self.calibrated = 0
         self.examined: dict[str, Any] = {}
@@ -109,11 +110,12 @@ class HandOver(Strategy):
         if asked.split == "valid":
             if found is not None:
                 self.scores[exam.variant], self.agreement[exam.variant] = found.pooled, found.agreement
+                self.sites[exam.variant] = found.sites
             if exam.variant == ("fp32", *self.variants)[-1]:
                 self.chosen = next((one for one in self.variants if not self.objection(one)), "fp32")
-        elif found is not None and exam.noise:
+        elif found is not None and exam.noise and found.sites == self.examined.get("sites"):
             self.examined.setdefault("noise", {})[number_key(exam.noise)] = found.pooled
-        elif found is not None:
+        elif found is not None and not exam.noise:
             about = {"passing": found.passing, "groups": found.groups}
             self.examined |= {"sites": found.sites, "pooled": found.pooled, **about}
 
@@ -131,6 +133,8 @@ class HandOver(Strategy):
         metric = self.criterion.rpartition(":")[0]
         if drop is None or agreement is None:
             return f"no client has scored it by {metric}"
+        if self.sites[variant] != self.sites["fp32"]:
+            return f"{self.sites[variant]} clients have scored it, and {self.sites['fp32']} float32: export again"
         if not drop <= self.max_drop:
             return f"{metric} is worse by {drop:.4f}, at most {self.max_drop:g} is allowed"
         if not agreement >= self.least_agreement:

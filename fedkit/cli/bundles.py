@@ -14,7 +14,7 @@ from fedkit.errors import ConfigError
 if TYPE_CHECKING:
     from fedkit.deploy.verify import Verified
 
-__all__ = ["Canary", "Server", "StorageUri", "laid_out", "layout", "predict", "verify"]
+__all__ = ["Canary", "Server", "StorageUri", "laid_out", "layout", "predict", "require_layout", "verify"]
 
 Folder = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that fedkit export wrote.")]
 Signer = Annotated[
@@ -143,6 +143,14 @@ def layout(
             show.say(f"{path}: {', '.join(files)}")
 
 
+def require_layout(to: Server | None, canary: int | None, storage_uri: str | None) -> None:
+    """Raises `ConfigError` for what a server does not take, or does not do without."""
+    if to is not Server.KSERVE and (canary is not None or storage_uri is not None):
+        raise ConfigError("--canary and --storage-uri are KServe's: Triton splits no traffic and fetches nothing")
+    if to is Server.KSERVE and storage_uri is None:
+        raise ConfigError("KServe needs --storage-uri, where the models folder will be: s3://...")
+
+
 def laid_out(
     folder: Path,
     to: Server,
@@ -157,8 +165,7 @@ def laid_out(
     from fedkit.deploy import layouts
     from fedkit.deploy.verify import verify_bundle
 
-    if to is Server.TRITON and (canary is not None or storage_uri is not None):
-        raise ConfigError("--canary and --storage-uri are KServe's: Triton splits no traffic and fetches nothing")
+    require_layout(to, canary, storage_uri)
     bundle = verify_bundle(folder, signer)
     if to is Server.TRITON:
         return bundle, layouts.triton(bundle, out, name)

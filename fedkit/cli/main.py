@@ -324,6 +324,7 @@ def export(
     from fedkit.deploy.settings import Export
 
     with edge():
+        bundles.require_layout(layout, canary, storage_uri)
         settings = Export(quantize=quantize, calibration=calibration, epsilon=epsilon)
         wish = exported.Wish(settings=settings, best=best, acceptance=acceptance, key=key)
         handed = exported.exported(run, out, task, (coordinator, identity), wish, as_json)

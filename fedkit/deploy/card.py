@@ -86,11 +86,16 @@ def _in_short(passport: Passport, signer: str) -> Iterator[str]:
             f" {len(passport.clients)} clients{' simulated on one machine' * (run.engine == 'simulation')}.",
             f"To be deployed: {_code(MODELS[passport.shipped])} ({passport.shipped})"
             + (f": {_plain(shipped.why)}." if shipped else "."),
-            f"{_plain(metric)} on all test rows together: **{_scored(passport.test, metric)}**.",
+            f"{_plain(metric)} on all test rows together: **{_scored(_shipped_scores(passport), metric)}**.",
             f"Privacy: {_protection(passport)}.",
             f"Made {_plain(passport.created)}, signed by {_code(signer)}.",
         ]
     )
+
+
+def _shipped_scores(passport: Passport) -> Scores:
+    """Those of the file that is handed over, where clients have examined it; else of the model in PyTorch."""
+    return passport.test if passport.examined is None else passport.examined.pooled
 
 
 def _protection(passport: Passport) -> str:
@@ -229,6 +234,8 @@ def _quantisation(passport: Passport) -> Iterator[str]:
     rows = [_measured(one, batches, metric) for one in passport.gate]
     yield _table((*heads, "agreement", f"{_plain(metric)}, validation", "drop", "why"), rows)
     yield "Size and CPU time are over float32 in ONNX Runtime, on the machine that exported the model."
+    if not passport.run.held_out:
+        yield "No rows were held out in training: those of validation may have been trained on."
     yield _calibration(passport)
     yield (
         f"ONNX Runtime and PyTorch differ by {passport.parity.difference:.1e} of the largest output in float32;"
@@ -250,8 +257,13 @@ def _calibration(passport: Passport) -> str:
         return "No ranges were calibrated."
     if found.method == "noise":
         return "The ranges of int8 were calibrated on made-up numbers, not on data."
-    how = "the mean of their ranges" if found.method == "mean" else "ranges without a thousandth of rows' extremes"
-    return f"The ranges of int8 come from {found.clients} clients, at most {found.rows} rows at each: {how}."
+    how = {
+        "mean": "the mean of their ranges",
+        "clipped": "ranges without a thousandth of rows' extremes",
+        "rows": "one and a half times the mean of rows' extremes, with noise",
+    }[found.method]
+    many = "all rows" if found.rows is None else f"at most {found.rows} rows"
+    return f"For the ranges of int8, {found.clients} clients were asked, of {many} at each: {how}."
 
 
 def _limits(passport: Passport) -> Iterator[str]:

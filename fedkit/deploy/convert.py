@@ -119,8 +119,13 @@ def _strip(model: Any) -> None:
 
 
 def _digest(model: Any) -> str:
-    """BLAKE3 (hex) of operators, names, attributes, shapes and types, without the values of any tensor."""
-    total = blake3()
+    """BLAKE3 (hex) of operators, names, attributes, shapes and types, without the values of any tensor.
+
+    And of who will make int8 of it: another version of ONNX Runtime may make another file.
+    """
+    import onnxruntime
+
+    total = blake3(onnxruntime.__version__.encode())
     for node in model.graph.node:
         attributes = [str(a) for a in node.attribute if not a.HasField("t")]
         total.update("\x1f".join([node.domain, node.op_type, *node.input, "", *node.output, *attributes]).encode())

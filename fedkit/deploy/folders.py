@@ -13,7 +13,7 @@ from pathlib import Path
 from fedkit.codec import flush_folder
 from fedkit.errors import ConfigError, PayloadError, StorageError
 
-__all__ = ["new_folder", "read_file"]
+__all__ = ["new_folder", "read_file", "require_free"]
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def new_folder(target: Path, is_replaceable: Callable[[Path], bool]) -> Iterator
     `target` may be missing, empty, or a folder of which `is_replaceable` says so. Raises `ConfigError` for any other,
     `StorageError` where the disk does not do its part.
     """
-    _require_free(target, is_replaceable)
+    require_free(target, is_replaceable)
     beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def new_folder(target: Path, is_replaceable: Callable[[Path], bool]) -> Iterator
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _require_free(target: Path, is_replaceable: Callable[[Path], bool]) -> None:
+def require_free(target: Path, is_replaceable: Callable[[Path], bool]) -> None:
     """Raises `ConfigError` where something stands at `target` that must not be replaced."""
     if not os.path.lexists(target):
         return

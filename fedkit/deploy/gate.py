@@ -40,6 +40,7 @@ def noise_ranges(converted: Converted, module: nn.Module, task: Task) -> npt.NDA
     watching = Watching(module, converted)
     with torch.inference_mode():
         watching(*(torch.from_numpy(array) for array in inputs(task, _NOISE_ROWS, module).values()))
+    watching.end_batch(_NOISE_ROWS)
     found = watching.extremes()
     low, high = found[:, :, 0].min(axis=0), found[:, :, 1].max(axis=0)
     return np.stack([np.minimum(low, 0.0), np.maximum(high, 0.0)], axis=1)

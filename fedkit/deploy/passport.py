@@ -39,14 +39,18 @@ _CHARACTERS = 64 << 20
 
 
 class RunFacts(Settings):
-    """Which run. `engine` says whether clients were simulated; `best`: the model is the best round's, not the last."""
+    """Which run. `engine` says whether clients were simulated; `best`: the model is the best round's, not the last.
 
-    name: str
+    `held_out`: validation rows were set aside in training; else they may be among those that were trained on.
+    """
+
+    name: Name
     seed: int
     engine: Literal["simulation", "federation"]
     rounds: int
     round: int
     best: bool = False
+    held_out: bool = False
     strategy: str
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -97,12 +101,14 @@ class Calibrated(Settings):
     """Where the ranges of int8 come from: `method`, how many clients were asked, rows at each at most, and the cost.
 
     `method` "mean": the mean over clients of their ranges; "clipped": the range that holds all but a thousandth of
-    rows' extremes; "noise": standard normal inputs, no data. `epsilon` and `delta` where the answer was noised.
+    rows' extremes; "rows": one and a half times the noised mean of rows' extremes, over all rows; "noise": standard
+    normal inputs, no data. `rows` is None for all of them. `epsilon` and `delta` where the answer was noised: it has
+    cost that whether or not int8 was shipped.
     """
 
-    method: Literal["mean", "clipped", "noise"]
+    method: Literal["mean", "clipped", "rows", "noise"]
     clients: int
-    rows: int
+    rows: int | None
     epsilon: float | None = None
     delta: float | None = None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,9 @@ from fedkit.task import Task
 
 __all__ = ["Deployed", "SiteModel", "Tally", "Watching"]
 
-_CLOSE = 0.01  # of the largest output: what answers that are no classes may differ by and still agree
+Kind: TypeAlias = Literal["classes", "logits", "numbers"] | None
+
+_CLOSE = 0.01  # of the largest output: what numbers may differ by and still agree
 
 
 @dataclass
@@ -50,23 +52,24 @@ class SiteModel:
             except ExportError as error:
                 raise Refused(Reason.FAILED, str(error)[:200]) from None
         if self._converted.graph != graph:
-            text = "this site converts the model to another graph: use the versions of torch, onnx and onnxscript "
-            raise Refused(Reason.FAILED, f"{text}that the export uses")
+            text = "this site converts the model to another graph: use the versions of torch, onnx, onnxscript and "
+            raise Refused(Reason.FAILED, f"{text}onnxruntime that the export uses")
         return self._converted
 
-    def extremes(self, graph: str, batches: Iterable[Any]) -> Extremes:
-        """The least and largest value of each tensor for each row, shape (rows, tensors, 2)."""
+    def extremes(self, graph: str, batches: Iterable[tuple[Any, int]]) -> Extremes:
+        """The least and largest value of each tensor for each row of (batch, its rows), shape (rows, tensors, 2)."""
         watching = Watching(self._module, self.converted(graph))
         with torch.inference_mode():
-            for batch in batches:
+            for batch, rows in batches:
                 self._task.scored(watching, batch, with_outputs=True)
+                watching.end_batch(rows)
         return watching.extremes()
 
     def variant(self, graph: str, variant: Variant, ranges: npt.NDArray[Any] | None, noise: float = 0.0) -> Deployed:
         """The exported model as a module; `ranges` is a vector of (low, high) pairs."""
         pairs = None if ranges is None else np.reshape(ranges, (-1, 2))
         try:
-            return Deployed(self._module, build(self.converted(graph), variant, pairs), noise)
+            return Deployed(self._module, build(self.converted(graph), variant, pairs), noise, self._task)
         except ExportError as error:
             raise Refused(Reason.FAILED, str(error)[:200]) from None
 
@@ -77,12 +80,13 @@ class Deployed(nn.Module):
     Its inputs carry normal noise of `noise` times their own standard deviation over the batch; PyTorch's do not.
     """
 
-    def __init__(self, module: nn.Module, content: bytes, noise: float = 0.0) -> None:
+    def __init__(self, module: nn.Module, content: bytes, noise: float = 0.0, task: Task | None = None) -> None:
         super().__init__()
-        self._session = session(content)
+        self._session = session(content, torch.get_num_threads())
         self._names = [one.name for one in self._session.get_inputs()]
         self._reference = [module]  # in a list, so that it is no part of this module
         self._noise = noise
+        self._kind = _kind(task)
         self.tally = Tally()
 
     def forward(self, *inputs: torch.Tensor) -> Any:
@@ -90,7 +94,7 @@ class Deployed(nn.Module):
         feed = {name: self._noisy(one).numpy() for name, one in zip(self._names, inputs, strict=True)}
         got = [torch.from_numpy(array) for array in self._session.run(None, feed)]
         wanted = self._reference[0](*inputs)
-        agree = _agreeing(got[0], as_outputs(wanted)[0])
+        agree = _agreeing(got, [one.cpu() for one in as_outputs(wanted)], self._kind)
         self.tally.agreeing += int(agree.sum())
         self.tally.rows += len(agree)
         return got[0] if isinstance(wanted, torch.Tensor) else type(wanted)(got)
@@ -103,17 +107,34 @@ class Deployed(nn.Module):
         return one + self._noise * spread * torch.randn_like(one)
 
 
-def _agreeing(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """For each row whether the answers are the same: the class of each position, the sign of a logit, or nearly equal.
+def _kind(task: Task | None) -> Kind:
+    """What a task's outputs are, by its loss: classes in dimension 1, logits, or numbers. None: nobody can tell."""
+    if task is None or task.loss is None:
+        return None
+    if isinstance(task.loss, nn.CrossEntropyLoss | nn.NLLLoss):
+        return "classes"
+    return "logits" if isinstance(task.loss, nn.BCEWithLogitsLoss) else "numbers"
 
-    Outputs of several classes have them in the last dimension; one number a row counts as a logit.
+
+def _agreeing(got: list[torch.Tensor], wanted: list[torch.Tensor], kind: Kind) -> torch.Tensor:
+    """For each row whether all answers are the same: the class, the sign of each logit, each number nearly.
+
+    Where nobody can tell what outputs are, several numbers in the last dimension are classes.
     """
-    got = got.reshape(len(got), -1, got.shape[-1] if got.dim() > 1 else 1)
-    wanted = wanted.cpu().reshape(got.shape)
-    if got.shape[2] > 1:
-        return (got.argmax(2) == wanted.argmax(2)).all(1)
-    near = (got - wanted).abs() <= _CLOSE * max(float(wanted.abs().max()), 1e-6)
-    return (((got > 0) == (wanted > 0)) | near).all(2).all(1)
+    same = torch.ones(len(got[0]), dtype=torch.bool)
+    for one, other in zip(got, wanted, strict=True):
+        same &= torch.isfinite(one).reshape(len(one), -1).all(1) & _equal(one, other, kind).reshape(len(one), -1).all(1)
+    return same
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor, kind: Kind) -> torch.Tensor:
+    if kind == "classes" and one.dim() > 1:
+        return one.argmax(1) == other.argmax(1)
+    if kind is None and one.dim() > 1 and one.shape[-1] > 1:
+        return one.argmax(-1) == other.argmax(-1)
+    if kind == "logits":
+        return (one > 0) == (other > 0)
+    return (one - other).abs() <= _CLOSE * max(float(other.abs().max()), 1e-6)
 
 
 class Watching(nn.Module):
@@ -127,11 +148,12 @@ class Watching(nn.Module):
         there = {one.name for one in model.graph.output}
         extra = [name for name in converted.tensors if name not in there]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra)
-        self._session = session(model.SerializeToString())
+        self._session = session(model.SerializeToString(), torch.get_num_threads())
         self._names = [one.name for one in self._session.get_inputs()]
         self._tensors = list(converted.tensors)
         self._reference = [module]
         self._seen: list[Extremes] = []
+        self._ended: list[Extremes] = []
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """The module's outputs."""
@@ -144,9 +166,18 @@ class Watching(nn.Module):
         self._seen.append(found)
         return self._reference[0](*inputs)
 
+    def end_batch(self, rows: int) -> None:
+        """What was seen since the last batch are so many rows, each of which counts once, however often it came by."""
+        seen, self._seen = self._seen, []
+        if any(len(one) != rows for one in seen):  # the task has made other rows of them
+            seen = [np.concatenate(seen)]
+            seen = [np.repeat(np.stack([seen[0][..., 0].min(0), seen[0][..., 1].max(0)], 1)[None], rows, 0)]
+        low, high = np.min([one[..., 0] for one in seen], axis=0), np.max([one[..., 1] for one in seen], axis=0)
+        self._ended.append(np.stack([low, high], axis=2))
+
     def extremes(self) -> Extremes:
-        """Those of all rows so far."""
-        return np.concatenate(self._seen)
+        """Those of all batches that have ended."""
+        return np.concatenate(self._ended)
 
 
 def _by_row(array: npt.NDArray[Any], rows: int) -> npt.NDArray[Any]:

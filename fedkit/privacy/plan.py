@@ -42,6 +42,8 @@ def planned(private: Private, work: Work, rows: int) -> Planned:
         return Planned(_question(dp, work, QUESTION_SHARE if private.visits else 1.0 / private.questions))
     if isinstance(work, Evaluate):
         raise ValueError("scores are not covered by differential privacy")
+    if not private.visits:
+        raise Refused(Reason.PRIVACY, "the run is said to train nothing, and asks for training")
     plain = PrivateSteps.of(work, rows, noise_multiplier=0.0, max_grad_norm=dp.max_grad_norm)
     noise = multiplier_for(dp, plain.q, private.visits * plain.steps, private.questions)
     training = replace(plain, noise_multiplier=noise)

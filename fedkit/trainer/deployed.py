@@ -34,7 +34,7 @@ Watched: TypeAlias = Callable[[Iterator[Any]], Iterator[Any]]
 
 _CPU = torch.device("cpu")
 _BATCH = 64
-_LEAST_ROWS = 10  # of a group at one client
+_LEAST_ROWS = 10  # of a group at one client, and of what is in no group: the scores of a few rows are those of persons
 
 
 class Exporter:
@@ -54,7 +54,7 @@ class Exporter:
         else:
             index = rng.generator(self._seed, "ranges", client).permutation(count)[: query.rows]
             batches = all_rows(data, Subset(rows, sorted(index.tolist())), _BATCH, _CPU)
-        extremes = self._converted(module).extremes(query.graph, (batch for batch, _ in self._watched(batches)))
+        extremes = self._converted(module).extremes(query.graph, self._watched(batches))
         return Summary(query.answer(extremes), count)
 
     def examine(
@@ -94,7 +94,8 @@ def _groups(data: Data, rows: int, exam: Exam, work: Evaluate) -> Iterable[tuple
         return
     if len(data.groups) != rows:
         raise DataError(f"groups names {len(data.groups)} rows, and there are {rows} test rows")
-    for name in exam.groups:
-        index = [i for i, one in enumerate(data.groups) if str(one) == name]
-        if len(index) >= _LEAST_ROWS:  # the scores of a few rows are those of persons
-            yield name, index
+    found = {name: [i for i, one in enumerate(data.groups) if str(one) == name] for name in exam.groups}
+    told = {name: index for name, index in found.items() if len(index) >= _LEAST_ROWS}
+    while told and 0 < rows - sum(map(len, told.values())) < _LEAST_ROWS:  # what is left is told by the difference
+        del told[min(told, key=lambda name: len(told[name]))]
+    yield from told.items()

@@ -11,7 +11,8 @@ become the same whole numbers, or their negatives: what was trained with is what
 
 **Activations** are rounded where a layer takes them, so after BatchNorm and ReLU, which ONNX Runtime joins to the layer
 before. What no such layer takes (the model's outputs, the terms of a residual sum, what is pooled) stays exact in
-training. So do embeddings, recurrent layers, and the projections inside of `nn.MultiheadAttention`.
+training. So do embeddings, recurrent layers, the projections inside of `nn.MultiheadAttention`, weights that a task
+computes from other parameters (weight norm), and what `torch.utils.checkpoint` computes again in the backward pass.
 """
 
 from __future__ import annotations

@@ -22,13 +22,15 @@ from fedkit.deploy.passport import Passport
 from fedkit.deploy.quantize import build
 from fedkit.deploy.runtime import session
 from fedkit.deploy.settings import Export, Limits
-from fedkit.deploy.site import Deployed, SiteModel
-from fedkit.errors import ConfigError, Reason, Refused
-from fedkit.exam import Questions
+from fedkit.deploy.site import Deployed, SiteModel, _agreeing
+from fedkit.errors import ConfigError, ExportError, Reason, Refused
+from fedkit.exam import Exam, Questions
 from fedkit.result import Result, load
 from fedkit.simulation.run import asking
-from fedkit.strategies import FedAvg
+from fedkit.strategies import FedAvg, HandOver
 from fedkit.testing import toy_task
+from fedkit.trainer.deployed import _groups
+from fedkit.work import Evaluate
 
 CLIENTS = ("ada", "bea", "cyd")
 ANY_SPEED = Limits(cpu=1e6, agreement=0.95, drop=0.03)  # which variant is faster is for benchmarks
@@ -110,7 +112,8 @@ def test_the_examination_is_of_the_shipped_file_on_all_test_rows(handed: tuple[P
 def test_extremes_are_those_that_pytorch_makes_of_each_row(result: Result) -> None:
     converted = convert(result.model, task)
     train = rows("ada").train.tensors
-    extremes = SiteModel(result.model, task).extremes(converted.graph, [[one[:100] for one in train], train])
+    batches = [([one[:100] for one in train], 100), (train, 160)]
+    extremes = SiteModel(result.model, task).extremes(converted.graph, batches)
     assert extremes.shape == (260, len(converted.tensors), 2)
     at = next(i for i, name in enumerate(converted.tensors) if "relu" in name)
     with torch.inference_mode():
@@ -118,6 +121,21 @@ def test_extremes_are_those_that_pytorch_makes_of_each_row(result: Result) -> No
     np.testing.assert_allclose(extremes[100:, at, 0], hidden.min(axis=1), atol=1e-6)
     np.testing.assert_allclose(extremes[100:, at, 1], hidden.max(axis=1), atol=1e-6)
     assert np.array_equal(extremes[:100], extremes[100:200])
+
+
+def test_a_row_counts_once_however_often_a_task_looks_at_it(result: Result) -> None:
+    def predict(model: nn.Module, batch: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return model(torch.cat([batch[0], 2 * batch[0]]))[: len(batch[0])], batch[1]
+
+    twice = dataclasses.replace(task, predict=predict)
+    graph = convert(result.model, task).graph
+    train = rows("ada").train.tensors
+    site = SiteModel(result.model, twice)
+    single = site.extremes(graph, [([one[i : i + 1] for one in train], 1) for i in range(20)])
+    assert single.shape[0] == 20
+    plain = SiteModel(result.model, task).extremes(graph, [([one[:20] for one in train], 20)])
+    assert (single[..., 1] >= plain[..., 1] - 1e-6).all()  # of the row and of its double
+    assert site.extremes(graph, [([one[:20] for one in train], 20)]).shape[0] == 20
 
 
 def test_masked_sums_of_ranges_are_the_plain_ones(result: Result) -> None:
@@ -145,7 +163,7 @@ def test_a_private_run_is_calibrated_without_data_or_at_a_price(tmp_path: Path) 
     free = result.export(tmp_path / "free", settings=Export(quantize="int8", limits=limits)).passport
     assert (free.calibration.method, free.calibration.clients, free.calibration.epsilon) == ("noise", 0, None)
     paid = result.export(tmp_path / "paid", settings=Export(quantize="int8", epsilon=4.0, limits=limits)).passport
-    assert (paid.calibration.method, paid.calibration.epsilon, paid.calibration.delta) == ("mean", 4.0, 1e-3)
+    assert (paid.calibration.method, paid.calibration.epsilon, paid.calibration.delta) == ("rows", 4.0, 1e-3)
     assert {one.epsilon is not None for one in paid.clients} == {True}
     with pytest.raises(ConfigError, match="give epsilon for what the ranges may cost"):
         result.export(tmp_path / "exact", settings=Export(quantize="int8", calibration="mean"))
@@ -219,6 +237,63 @@ def test_a_recurrent_network_is_quantised_as_it_runs_and_not_by_ranges(tmp_path:
     assert "ONNX Runtime" in gate["fp16"].why  # which dies of it, in a process of its own
 
 
+@pytest.mark.parametrize(
+    ("kind", "other", "agrees"),
+    [
+        ("classes", [0.2, 0.9, 0.1], True),
+        ("classes", [0.9, 0.2, 0.1], False),
+        ("logits", [-3.0, 1.0, -9.0], True),
+        ("logits", [-3.0, 1.0, 9.0], False),
+        ("numbers", [-1.0, 2.001, -1.0], True),
+        ("numbers", [-1.0, 2.5, -1.0], False),
+        ("numbers", [float("nan")] * 3, False),
+        (None, [-3.0, 1.0, 0.5], True),
+        (None, [float("nan")] * 3, False),
+    ],
+)
+def test_what_agrees_depends_on_what_outputs_are(kind: str | None, other: list[float], agrees: bool) -> None:
+    wanted = [torch.tensor([[-1.0, 2.0, -1.0]])]
+    assert _agreeing([torch.tensor([other])], wanted, kind).tolist() == [agrees]
+
+
+def test_a_group_is_not_told_where_what_it_leaves_out_is_a_few_rows() -> None:
+    def told(*groups: str) -> dict[str, int]:
+        data = fedkit.Data(train=(torch.zeros(1), torch.zeros(1)), groups=groups)
+        exam = Exam(graph="0" * 64, groups=("a", "b", "c"))
+        return {name: len(index) for name, index in _groups(data, len(groups), exam, Evaluate(split="test"))}
+
+    assert told(*"a" * 50, *"b" * 30) == {"a": 50, "b": 30}
+    assert told(*"a" * 50, *"b" * 9) == {}
+    assert told(*"a" * 50, *"b" * 30, "c") == {"a": 50}
+    assert told(*"a" * 50, *"x" * 10) == {"a": 50}
+    assert told(*"a" * 9) == {}
+
+
+def test_a_model_of_which_a_part_stays_at_the_clients_is_not_handed_over(tmp_path: Path) -> None:
+    shared = dataclasses.replace(task, exchange=lambda name: not name.startswith("4."))
+    about = {"clients": CLIENTS, "seed": 1, "threads": 1, "progress": False}
+    found = fedkit.simulate(shared, FedAvg(rounds=1, local=fedkit.Fit(steps=1)), **about)
+    with pytest.raises(ExportError, match=r"4.weight, 4.bias stay at each client"):
+        found.export(tmp_path / "b")
+
+
+def test_a_folder_that_is_taken_is_said_before_anybody_is_asked(result: Result, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    asked: list[object] = []
+    with pytest.raises(ConfigError, match="holds other files"):
+        dataclasses.replace(result, ask=lambda *about: asked.append(about)).export(tmp_path)
+    assert not asked
+
+
+def test_scores_of_other_sites_are_not_compared() -> None:
+    found = HandOver(graph="0" * 64, bounds=[1.0], variants=("int8",), criterion="loss:min")
+    found.scores, found.agreement = {"fp32": {"loss": 1.0}, "int8": {"loss": 0.5}}, {"fp32": 1.0, "int8": 1.0}
+    found.sites = {"fp32": 3, "int8": 2}
+    assert found.objection("int8") == "2 clients have scored it, and 3 float32: export again"
+    found.sites["int8"] = 3
+    assert found.objection("int8") == ""
+
+
 @pytest.mark.parametrize("name", ["CNN", "transformer"])
 def test_float32_gives_what_pytorch_gives(name: str) -> None:
     (make, given) = next((make, given) for known, make, given, _ in NETWORKS if known == name)
@@ -238,7 +313,7 @@ def test_a_site_that_converts_to_another_graph_refuses(result: Result) -> None:
 def test_agreement_counts_rows_whose_answer_is_another(result: Result) -> None:
     converted = convert(result.model, task)
     ranges = np.tile([-0.01, 0.01], (len(converted.tensors), 1))  # which cut nearly everything off
-    deployed = Deployed(result.model, build(converted, "int8", ranges))
+    deployed = Deployed(result.model, build(converted, "int8", ranges), task=task)
     features = rows("bea").test.tensors[0]
     with torch.inference_mode():
         got, wanted = deployed(features), result.model(features)

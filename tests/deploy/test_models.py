@@ -151,14 +151,14 @@ def test_a_registry_without_models_says_what_to_do_next(typed: Typed) -> None:
 
 
 def test_nothing_that_a_passport_says_is_obeyed_by_the_terminal(typed: Typed, tmp_path: Path) -> None:
-    run = passport().run.replace(name="[red]x[/red]\x1b]0;owned\x07", strategy="\u202etac")
+    run = passport().run.replace(strategy="[red]x[/red]\x1b]0;owned\x07\u202etac")
     bundle = small_bundle(tmp_path / "bundle", 0.3, run=run)
     assert typed("add", bundle, "--name", "heart").exit_code == 0
     for command in ("list", "show"):
         found = typed(command, *(["heart"] if command == "show" else []))
         assert found.exit_code == 0, found.output
         assert not {"\x1b", "\x07", "\u202e"} & set(found.stdout)
-        assert "[red]x[/red]" in found.stdout.replace("\n", "")
+        assert command == "list" or "[red]x[/red]" in found.stdout.replace("\n", "")
 
 
 def test_two_versions_are_compared(filled: Typed) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from fedkit import policy, registry
+from fedkit.client.permits import _about
 from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.policy import Objection, Policy, TaskRule, Wish, refuse
+from fedkit.protos import agents_pb2 as pb
 from fedkit.queries import Moments
+from fedkit.ranges import Ranges
 from fedkit.work import Evaluate, Fit, Gradient, Summarize
 
 FIT = Fit(steps=10, batch_size=16, lr=0.1)
@@ -21,6 +24,7 @@ PLAIN: dict[str, Any] = {"aggregation": ("plain",)}
 HOP = Wish("heart", "CyclicWeightTransfer", FIT, "weights", "plain", 1)
 SCORE = Wish("heart", "FedAvg", Evaluate(), "sums", "masked", 3)
 ASK = Wish("heart", "FedAvg", Summarize(query=Moments(bounds=[(0.0, 1.0)])), "sums", "masked", 3)
+RANGES = dataclasses.replace(ASK, work=Summarize(query=Ranges(graph="0" * 64, bounds=[1.0], method="clipped")))
 SOURCE = "ab" * 32
 
 
@@ -52,6 +56,8 @@ def with_work(**changes: object) -> Wish:
         ({"min_cohort": 4}, ASK, "members of the roster asked together: 3 (allowed: at least 4)"),
         ({"min_steps": 11}, TRAIN, "steps: 10 (allowed: at least 11)"),
         ({"max_lr": 0.05}, TRAIN, "learning rate: 0.1 (allowed: at most 0.05)"),
+        ({"ranges": ("noised",)}, RANGES, "ranges: clipped (allowed: noised)"),
+        ({"ranges": ()}, RANGES, "ranges: clipped (allowed: nothing)"),
     ],
 )
 def test_a_wish_beyond_the_policy_is_objected_to_with_both_values(
@@ -98,6 +104,22 @@ def test_a_single_gradient_is_one_step() -> None:
 )
 def test_few_rows_make_small_batches_and_few_steps(work: object, rows: int, expected: list[str]) -> None:
     assert [str(one) for one in Policy(min_steps=3).objections_to_rows(work, rows)] == expected
+
+
+def test_ranges_are_told_of_enough_rows_or_with_noise() -> None:
+    query = RANGES.work.query
+    few = Policy().objections_to_rows(RANGES.work, 7)
+    assert [str(one) for one in few] == ["rows with ranges: 7 (allowed: at least 8)"]
+    assert Policy().objections_to_rows(RANGES.work, 8) == []
+    noised = query.replace(method="mean", per_row=True)
+    assert Policy().objections_to_rows(Summarize(query=noised), 7) == []
+
+
+def test_another_model_makes_a_question_about_ranges_another_one() -> None:
+    asked = pb.Assignment(model_digest=b"one", summarize=pb.Summarize(ranges=pb.Ranges(rows=64)))
+    other = pb.Assignment(model_digest=b"two", summarize=pb.Summarize(ranges=pb.Ranges(rows=64)))
+    assert _about(asked) != _about(other)
+    assert _about(pb.Assignment(model_digest=b"one", summarize=pb.Summarize(row_count=pb.RowCount()))) == b""
 
 
 def test_only_the_named_version_of_a_task_is_allowed() -> None:

@@ -13,7 +13,7 @@ from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.privacy.plan import planned
 from fedkit.ranges import BUCKETS, SCALE, Ranges, noised
 from fedkit.rounds.assignment import Private
-from fedkit.work import Summarize
+from fedkit.work import Fit, Summarize
 
 GRAPH = "0" * 64
 BOUNDS = [4.0, 0.5, 100.0]
@@ -78,6 +78,14 @@ def test_noise_of_any_size_leaves_ranges_that_can_be_used() -> None:
     assert exact[2] == pytest.approx([-1.5, 1.5], rel=1e-4)  # one and a half times the mean
 
 
+def test_a_row_that_makes_nan_is_no_error_where_that_would_tell_of_it() -> None:
+    query = Ranges(graph=GRAPH, bounds=BOUNDS, per_row=True)
+    rows = np.tile([-1.0, 1.0], (20, 3, 1))
+    rows[7] = np.nan
+    moved = query.answer(rows) - query.answer(np.delete(rows, 7, axis=0))
+    assert moved.tolist() == [1, *[SCALE // 2] * 6]
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     query = Ranges(graph=GRAPH, bounds=BOUNDS)
     with pytest.raises(ValueError, match="NaN"):
@@ -86,6 +94,8 @@ def test_what_makes_no_sense_is_refused() -> None:
         query.answer(np.zeros((1, 2, 2)))
     with pytest.raises(ConfigError, match="method"):
         Ranges(graph=GRAPH, bounds=BOUNDS, method="clipped", per_row=True)
+    with pytest.raises(ConfigError, match="rows"):
+        Ranges(graph=GRAPH, bounds=BOUNDS, rows=1)
     with pytest.raises(ConfigError, match="graph"):
         Ranges(graph="../../x", bounds=BOUNDS)
 
@@ -94,6 +104,8 @@ def test_private_ranges_take_all_of_a_run_that_trains_nothing_and_a_sixth_of_ano
     dp, per_row = DP(epsilon=1.0, delta=1e-5), Summarize(query=Ranges(graph=GRAPH, bounds=BOUNDS, per_row=True))
     alone = planned(Private(dp, visits=0, questions=1), per_row, 500)
     before = planned(Private(dp, visits=10, questions=1), per_row, 500)
+    with pytest.raises(Refused, match="train nothing"):
+        planned(Private(dp, 0, 1), Fit(epochs=1), 500)
     assert alone.cost.noise_multiplier < before.cost.noise_multiplier / 4
     with pytest.raises(Refused) as refused:
         planned(Private(dp, 0, 1), Summarize(query=Ranges(graph=GRAPH, bounds=BOUNDS)), 500)
