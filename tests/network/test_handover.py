@@ -12,8 +12,11 @@ from fedkit.deploy.gate import noise_ranges
 from fedkit.errors import RunFailed
 from fedkit.exam import Questions
 from fedkit.loopback import Loopback
+from fedkit.privacy.accounting import epsilon_of, rdp_of
+from fedkit.privacy.ledger import Ledger
 from fedkit.strategies import HandOver
 from fedkit.weights import Weights
+from fedkit.work import Steps
 from tests.network import tasks
 from tests.network.conftest import CLIENTS
 
@@ -55,3 +58,21 @@ def test_a_graph_that_clients_do_not_come_to_is_refused_by_each(
 ) -> None:
     with pytest.raises(RunFailed, match="converts the model to another graph"):
         over(federation, plan.replace(graph="0" * 64), module)
+
+
+def test_noised_ranges_are_in_each_sites_ledger_at_their_price(
+    federation: Loopback, plan: HandOver, module: nn.Module
+) -> None:
+    def spent(name: str) -> list[Steps]:
+        account = Ledger(federation.folder / "clients" / name / "ledger.db", look=True).account("plain")
+        return [reservation.steps for reservation in account.reservations]
+
+    before = {name: spent(name) for name in CLIENTS}
+    private = fedkit.Privacy(dp=fedkit.DP(epsilon=2.0, delta=1e-3))
+    found = over(federation, plan.replace(per_row=True), module, privacy=private)
+    assert found.ranges.shape == (len(plan.bounds), 2)
+    for name in CLIENTS:
+        *known, last = spent(name)
+        assert known == before[name]
+        assert (last.q, last.count) == (1.0, 1)
+        assert 1.5 < epsilon_of(rdp_of([last]), 1e-3) <= 2.0
