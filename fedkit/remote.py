@@ -9,7 +9,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,7 @@ from fedkit.protos import tensors_pb2
 from fedkit.protos.channels import channel
 from fedkit.protos.failures import meant
 from fedkit.protos.wire import CHANNEL_OPTIONS, Calls, frame, unframe
+from fedkit.report.facts import Facts, of_status
 from fedkit.result import Result, opened, trained, warn_of_failures
 from fedkit.rounds.conduct import Outcome
 from fedkit.rounds.journal import RoundRecord
@@ -259,7 +260,7 @@ class Coordinator:
             elif event.detail:
                 say(f"{event.state}: {event.detail}")
 
-    def _events(self, run: str, after: int, say: Say) -> Iterator[RoundRecord | RunStatus]:
+    def _events(self, run: str, after: int, say: Say) -> Generator[RoundRecord | RunStatus]:
         absence = self._absence(run, say)
         while True:
             request = pb.WatchRequest(run=run, after_round=after)
@@ -322,6 +323,33 @@ class Coordinator:
         if not isinstance(state, dict):
             raise PayloadError(f"the strategy's state of {run} is not one")
         return convert.outcome_from_proto(message, history=history, weights=weights, best=best, state=state)
+
+    def facts(self, run: str) -> Facts:
+        """What is on record of a run now, without its models: it may go on. `fedkit.report.page` makes a page of it.
+
+        What protects a run, and its scores on test data, are told once it has finished.
+        """
+        status = self.status(run).runs[0]
+        known: dict[str, Any] = {}
+        if status.state == "finished":
+            message = self._ask("fetch_outcome", pb.RunRequest(run=run))
+            file = RunFile.from_json(message.run_file)
+            known = {"privacy": file.privacy, "evaluate": file.evaluate, "strategy": file.strategy}
+            known |= convert.ending_from_proto(message) | {"best": convert.best_from_proto(message)}
+        return of_status(status, self._so_far(status), **known)
+
+    def _so_far(self, status: RunStatus) -> list[RoundRecord]:
+        """The rounds that are committed, of a run that may go on."""
+        found: list[RoundRecord] = []
+        if status.round == 0:
+            return found
+        with contextlib.closing(self._events(status.name, 0, _unsaid)) as events:
+            for event in events:
+                if isinstance(event, RoundRecord):
+                    found.append(event)
+                    if event.round >= status.round:
+                        break
+        return found
 
     def weights(self, run: str, which: str = "final") -> Weights:
         """The "final" weights, which are the last committed ones while the run goes on, or the "best"."""

@@ -20,8 +20,10 @@ from fedkit.status import ClientState, ClientStatus, JobStatus, RunState, RunSta
 from fedkit.weights import Weights
 
 __all__ = [
+    "best_from_proto",
     "client_from_proto",
     "client_to_proto",
+    "ending_from_proto",
     "model_header_from_proto",
     "model_header_to_proto",
     "outcome_from_proto",
@@ -227,19 +229,36 @@ def outcome_from_proto(
     state: Mapping[str, Any],
 ) -> Outcome:
     """An outcome, put together from what came in several calls; `best` is needed where the message has a best round."""
-    found = None
-    if message.HasField("best") and best is not None:
-        found = Best(int(message.best.round), best, _values(message.best.metrics), _values(message.best.test))
+    facts = best_from_proto(message)
+    found = None if facts is None or best is None else Best(weights=best, **facts)
     return Outcome(
         weights=weights,
         history=history,
-        abandoned=[record_from_proto(record) for record in message.abandoned],
-        test=_values(message.test),
-        test_per_client=_scores(message.test_per_client),
         best=found,
-        refusals=_refusals(message.refusals),
         state=state,
+        **ending_from_proto(message),
     )
+
+
+def ending_from_proto(message: pb.Outcome) -> dict[str, Any]:
+    """What of an outcome needs no model and is said in one message: abandoned attempts, test scores, refusals of them.
+
+    The keys are fields of `fedkit.rounds.conduct.Outcome`.
+    """
+    return {
+        "abandoned": [record_from_proto(record) for record in message.abandoned],
+        "test": _values(message.test),
+        "test_per_client": _scores(message.test_per_client),
+        "refusals": _refusals(message.refusals),
+    }
+
+
+def best_from_proto(message: pb.Outcome) -> dict[str, Any] | None:
+    """The best round's number, its metrics and its test scores, where an outcome has one."""
+    if not message.HasField("best"):
+        return None
+    best = message.best
+    return {"round": int(best.round), "metrics": _values(best.metrics), "test": _values(best.test)}
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

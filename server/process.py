@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import grpc
 import structlog
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app
 from pydantic import Field
 
 from fedkit.address import is_loopback, parts
@@ -25,8 +25,10 @@ from fedkit.rounds.checks import MAX_EXAMPLES
 from fedkit.server.agents import AgentService
 from fedkit.server.attendance import Attendance
 from fedkit.server.database import Database
+from fedkit.server.listener import Listener
 from fedkit.server.metrics import Metrics
 from fedkit.server.operators import DescribingService, OperatorService
+from fedkit.server.pages import Pages, page_key, say_where
 from fedkit.server.runs import Runs
 from fedkit.server.trust import Trust, listen
 from fedkit.task import Task
@@ -48,7 +50,8 @@ class CoordinatorSettings(Settings):
     """One coordinator: where it listens, and the folder it keeps.
 
     Agents send a heartbeat every `heartbeat_s`; one that is silent for two of them counts as away, and as lost when it
-    has not come back within `rejoin_s`. `metrics` is an address for Prometheus, such as 127.0.0.1:9464.
+    has not come back within `rejoin_s`. `metrics` is an address for Prometheus, such as 127.0.0.1:9464;
+    there it shows the runs too, to whoever has the key in the file `pages` of the folder.
 
     With the folder of an `authority` everything is mutual TLS; without one a coordinator listens on loopback only.
     `enrolment` is the address at which tokens are taken; `hosts` are names and addresses under which it is dialled,
@@ -179,13 +182,15 @@ class Coordinator:
     def _serve_metrics(self) -> None:
         if self._settings.metrics is not None:
             host, port = parts(self._settings.metrics)
+            key = page_key(self._settings.state)
+            pages = Pages(self.runs, key, asyncio.get_running_loop())
             try:
-                server, _ = start_http_server(port, addr=host, registry=self.metrics.registry)
+                listener = Listener(host, port, pages.beside(make_wsgi_app(self.metrics.registry)))
             except OSError:
                 text = f"{self._settings.metrics} is in use by another process, or not to be had here (for metrics)"
                 raise ConfigError(text) from None
-            self._closing.callback(server.server_close)
-            self._closing.callback(server.shutdown)
+            self._closing.callback(listener.close)
+            say_where(self._settings.state, key, listener.address)
 
     async def stop(self) -> None:
         """Says goodbye to agents, ends calls, closes files."""

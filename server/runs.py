@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fedkit.server.blobs import Blobs
 from fedkit.server.database import Database, StoredRun
 from fedkit.server.journal import SqliteJournal
 from fedkit.server.metrics import Metrics
+from fedkit.server.pages import Told
 from fedkit.server.transport import RunTransport, Terms
 from fedkit.spool import Room
 from fedkit.status import ClientStatus, JobStatus, RunStatus
@@ -343,9 +344,26 @@ class Runs:
         if best is not None and facts["best"] is not None:
             found = Best(best.round, best.model, dict(best.record.metrics), facts["best"])
         history = [record for record in journal.history() if record.round > 0]
-        refusals = tuple(Refusal(client, Reason(reason), detail) for client, reason, detail in facts["refusals"])
+        refusals = _refusals(facts["refusals"])
         each = facts["test_per_client"]
         return Outcome(last.model, history, journal.abandoned(), facts["test"], each, found, refusals, last.state)
+
+    def told(self, name: str) -> Told:
+        """All that is on record of a run now, without its models; raises `NoSuchRun`."""
+        stored, journal = self._database.run(name), self._opened(name)
+        file, ending = parse(RunFile, stored.file), dict(stored.outcome or {})
+        history = journal.history()
+        best = next((record for record in reversed(history) if record.best), None)
+        test = ending.pop("best", None) or {}
+        known = {
+            "privacy": file.privacy,
+            "evaluate": file.evaluate,
+            "strategy": file.strategy,
+            "abandoned": journal.abandoned(),
+            "refusals": _refusals(ending.pop("refusals", [])),
+            "best": None if best is None else {"round": best.round, "metrics": dict(best.metrics), "test": test},
+        }
+        return Told(self._status(stored), history, known | ending)
 
     def model(self, name: str, which: str) -> Weights | bytes:
         """The "final" (last committed) or "best" weights, or the strategy's "state", packed; raises `RunError`."""
@@ -371,6 +389,10 @@ def _rounds(file: RunFile) -> int:
         strategy: Strategy = file.build_strategy()
         return strategy.rounds
     return 0
+
+
+def _refusals(facts: Iterable[tuple[str, str, str]]) -> tuple[Refusal, ...]:
+    return tuple(Refusal(client, Reason(reason), detail) for client, reason, detail in facts)
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:

@@ -334,6 +334,24 @@ def export(
         exported.report(handed, as_json, served)
 
 
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's name, or a folder that --out wrote.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page: one HTML file that needs nothing else.")],
+    bundle: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The run's bundle, where it is not RUN/bundle.")
+    ] = None,
+    coordinator: Address = HERE,
+    identity: Identity = None,
+    as_json: Json = False,
+) -> None:
+    """Write a page of a run: curves, who took part, time, bytes, privacy, refusals, the hand-over."""
+    from fedkit.cli.reported import reported
+
+    with edge():
+        reported(run, out, bundle, (coordinator, identity), as_json)
+
+
 app.command()(bundles.verify)
 app.command()(bundles.predict)
 app.command()(bundles.layout)

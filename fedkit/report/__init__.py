@@ -1,0 +1,1 @@
+"""A page of a run: one HTML file that needs nothing else."""
