@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class Facts(Settings):
         found = self.rounds or self.strategy.get("rounds")
         return found if isinstance(found, int) else None
 
-    @property
+    @functools.cached_property
     def seen(self) -> list[str]:
         """Everybody of whom the run says anything, by name."""
         names = {*self.clients, *self.test_per_client, *(one.client for one in self.refusals)}

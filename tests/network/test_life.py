@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,16 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import fedkit
+from fedkit.cli import app
 from fedkit.client.outbox import Outbox
 from fedkit.errors import ConfigError, Reason, RunCancelled, RunFailed
 from fedkit.loopback import Loopback
+from fedkit.report.page import policy
 from fedkit.server.process import Coordinator, CoordinatorSettings
 from fedkit.strategies import FedAvg
 from tests.network import gates, tasks
+from tests.network.browser import Browser
 from tests.network.conftest import CLIENTS, ROOT, TASKS
 from tests.network.gates import Gate, Running, eventually, here, states
+from tests.report.reader import parsed
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +39,9 @@ FIT = fedkit.Fit(steps=2, batch_size=8, lr=0.1)
 def loopback(folder: Path, clients: tuple[str, ...], rejoin_s: float) -> Loopback:
     environment = {"PYTHONPATH": str(ROOT), gates.FOLDER: str(folder / "gate")}
     known = [*TASKS, "tests.network.gates:gated"]
-    return Loopback(folder, known, clients, heartbeat_s=0.5, rejoin_s=rejoin_s, environment=environment)
+    times = {"heartbeat_s": 0.5, "rejoin_s": rejoin_s}
+    listening = ["--metrics", "127.0.0.1:0"]
+    return Loopback(folder, known, clients, **times, environment=environment, server_options=listening)
 
 
 @pytest.fixture(scope="module")
@@ -307,3 +315,51 @@ async def begin(settings: CoordinatorSettings) -> None:
         await coordinator.start()
     finally:
         await coordinator.stop()
+
+
+def test_a_run_is_shown_as_it_goes_on_to_whoever_has_the_key_alone(
+    federation: Loopback, gate: Gate, tmp_path: Path
+) -> None:
+    file = federation.folder / "server" / "pages"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    browser = Browser(file.read_text())
+    gate.hold("bea")
+    running = Running(federation, gates.gated, rounds=2, name="seen", evaluate=fedkit.Evaluation())
+    gate.wait("bea")
+    assert browser.page("/runs").one("main").all("a")[0].attributes["href"] == "/runs/seen"
+    begun = browser.page("/runs/seen").one("main")
+    assert begun.attributes["data-live"] == "yes"
+    assert "Running, round 0 of 2." in begun.text
+    report = ["report", "seen", "--out", str(tmp_path / "seen.html"), "--coordinator", federation.address]
+    assert CliRunner().invoke(app, report).exit_code == 0
+    assert "not known here until it has ended" in (tmp_path / "seen.html").read_text()
+    gate.open()
+    assert running.result.history
+    eventually(
+        lambda: "data-live" not in browser.page("/runs/seen").one("main").attributes, "the page knows of the end"
+    )
+    ended = browser.page("/runs/seen").one("main").text
+    assert "Finished, round 2 of 2." in ended
+    assert all(name in ended for name in CLIENTS)
+    assert CliRunner().invoke(app, [*report, "--json"]).exit_code == 0
+    assert parsed((tmp_path / "seen.html").read_text()).one("main").text == ended
+    _nobody_else_sees_it(browser)
+
+
+def _nobody_else_sees_it(browser: Browser) -> None:
+    for path in ("/runs", "/runs/seen", "/runs/none"):
+        for key in (None, "", browser.key[:-1], f"{browser.key}x"):
+            status, text, headers = browser.get(path, key=key)
+            assert (status, "seen" in text) == (401, False)
+            assert headers["WWW-Authenticate"].startswith("Basic ")
+    assert browser.get("/runs/none", key=browser.key)[0] == 404
+    assert browser.get("/runs/..%2Fcoordinator.db", key=browser.key)[0] == 404
+    assert browser.get("/runs/seen", key=browser.key, method="POST")[0] == 405
+    status, text, headers = browser.get("/runs/seen", key=browser.key, method="HEAD")
+    assert (status, text) == (200, "")
+    assert headers["Content-Security-Policy"] == f"{policy(live=True)}; frame-ancestors 'none'"
+    assert headers["Cache-Control"] == "no-store"
+    status, metrics, _ = browser.get("/metrics")
+    assert status == 200
+    assert "fedkit_rounds_total" in metrics
+    assert not any(name in metrics for name in (*CLIENTS, "seen"))
