@@ -200,7 +200,12 @@ def server(
     strategy: Annotated[list[str] | None, typer.Option(help="module:attr of a strategy; may be repeated.")] = None,
     heartbeat_s: Annotated[float | None, typer.Option(help="Seconds between heartbeats.")] = None,
     rejoin_s: Annotated[float | None, typer.Option(help="Seconds a client that went away is waited for.")] = None,
-    metrics: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where Prometheus may read.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Where Prometheus may read, and runs are shown to whoever has STATE/pages."
+        ),
+    ] = None,
     authority: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="What fedkit ca init wrote: mutual TLS, off loopback too.")
     ] = None,

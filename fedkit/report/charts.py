@@ -27,7 +27,10 @@ _LETTERS = 20
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line: (round, value) in order; None where there is no value. `is_pooled`: of all clients together."""
+    """One line: (round, value) in order. It passes over None, and is broken where a value is no number.
+
+    `is_pooled`: of all clients together.
+    """
 
     name: str
     points: Sequence[tuple[int, float | None]]
@@ -109,13 +112,14 @@ def _limit(chart: Chart, up: Axis) -> Iterator[Markup]:
     name, level = chart.limit
     y = _y(up, level)
     yield tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="limit")
-    yield tag("text", f"{name} {chart.form(level)}", x=_WIDTH - _RIGHT, y=f"{y - 5:.1f}", class_="end")
+    yield tag("text", f"{name} {chart.form(level)}", x=_WIDTH - _RIGHT, y=f"{y + 14:.1f}", class_="end")
 
 
 def _line(one: Series, kind: str, across: Axis, up: Axis, chart: Chart) -> Markup:
     places = [
-        None if value is None or not is_drawn(value) else (at, value, _x(across, at), _y(up, value))
+        (at, value, _x(across, at), _y(up, value)) if is_drawn(value) else None
         for at, value in one.points
+        if value is not None
     ]
     steps = []
     for before, place in zip([None, *places], places, strict=False):

@@ -287,12 +287,19 @@ def _budget(run: Facts, spent: Sequence[RoundRecord]) -> Markup:
     """Epsilon so far, by client, against what was planned."""
     names = dict.fromkeys(name for one in spent for name in one.epsilon)
     series = [
-        Series(name, [(one.round, one.epsilon.get(name)) for one in spent], is_pooled=name == EVERY_CLIENT)
-        for name in list(names)[:_MOST_CLIENTS]
+        Series(name, list(_so_far(name, spent)), is_pooled=name == EVERY_CLIENT) for name in list(names)[:_MOST_CLIENTS]
     ]
     planned = run.privacy.dp.epsilon if run.privacy is not None and run.privacy.dp is not None else None
     limit = None if planned is None else ("planned", planned)
     return lines(Chart("epsilon", "Epsilon spent so far", series, form=_epsilon, from_zero=True, limit=limit))
+
+
+def _so_far(name: str, spent: Sequence[RoundRecord]) -> Iterator[tuple[int, float | None]]:
+    """A client's epsilon by round; one in which it had no part has cost it nothing."""
+    last = None
+    for one in spent:
+        last = one.epsilon.get(name, last)
+        yield one.round, last
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

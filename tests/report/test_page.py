@@ -9,15 +9,18 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import fedkit
+from fedkit.cli import app
 from fedkit.config import DP, Privacy
 from fedkit.errors import ConfigError, Reason, StorageError, TrustError
-from fedkit.report.facts import Handed, handed, read
+from fedkit.report.facts import Facts, Handed, handed, read
 from fedkit.report.page import index, page, policy, write
 from fedkit.report.scale import amount, axis, duration, spans, thinned
 from fedkit.rounds.call import Refusal
@@ -94,7 +97,11 @@ def test_a_refused_client_is_crossed_out_in_its_column_of_the_matrix() -> None:
 
 def test_epsilon_by_round_stands_against_what_was_planned() -> None:
     part = section(page(facts()), "privacy")
-    assert table(part, "Epsilon")[-1] == ["4", "1", "1", "1"]
+    assert table(part, "Epsilon")[2:] == [
+        ["2", "0.5", "0.5", "0.25"],
+        ["3", "0.75", "0.75", "0.75"],
+        ["4", "1", "1", "1"],
+    ]
     assert "planned 3" in part.one("svg").text
     assert parsed(page(facts())).one("dl", **{"class": "tiles"}).text.count("1 of 3") == 1
     alike = facts(history=(record(1, epsilon={EVERY_CLIENT: 0.12345}),))
@@ -293,17 +300,17 @@ def test_colours_can_be_told_from_the_ground_in_light_and_in_dark() -> None:
 
 
 def test_a_long_run_of_many_clients_still_has_a_page_of_bounded_size() -> None:
-    names = tuple(f"site-{at:03}" for at in range(100))
-    many = tuple(record(at, names[at % 3 :]) for at in range(1, 1201))
+    names = tuple(f"site-{at:03}" for at in range(60))
+    many = tuple(record(at, names[at % 3 :]) for at in range(1, 601))
     html = page(facts(clients=names, history=many, abandoned=(), test_per_client={}, refusals=()))
-    assert len(html) < 1_500_000
+    assert len(html) < 1_200_000
     found = parsed(html)
-    assert "Of 100 clients, the first 50 by name are shown." in found.text
-    assert "Of 1200 rounds, one in 6 is shown" in found.text
+    assert "Of 60 clients, the first 50 by name are shown." in found.text
+    assert "Of 600 rounds, one in 3 is shown" in found.text
     rows = table(section(html, "scores"), "Loss on validation data")
-    assert [int(row[0]) for row in rows[1:]] == list(range(6, 1201, 6))
-    assert "one column a span of 10 rounds" in section(html, "clients").text
-    assert table(section(html, "clients"), "Contributions")[1][:2] == ["site-000", "400"]
+    assert [int(row[0]) for row in rows[1:]] == list(range(3, 601, 3))
+    assert "one column a span of 5 rounds" in section(html, "clients").text
+    assert table(section(html, "clients"), "Contributions")[1][:2] == ["site-000", "200"]
 
 
 # -- the list of runs --------------------------------------------------------------------------------------------------
@@ -332,14 +339,37 @@ def test_a_folder_without_a_run_says_what_it_should_be(tmp_path: Path, content: 
         read(tmp_path)
 
 
+def _saved(run: Facts) -> dict[str, Any]:
+    return json.loads(json.dumps(run.to_dict()))
+
+
 def test_a_run_file_with_a_field_of_another_kind_is_refused(tmp_path: Path) -> None:
-    good = json.loads(json.dumps(facts().to_dict()))
+    good = _saved(facts())
     (tmp_path / "run.json").write_text(json.dumps(good))
     assert read(tmp_path) == facts()
     for field, value in (("history", 3), ("clients", [None]), ("refusals", [{"client": "a", "reason": "so"}])):
         (tmp_path / "run.json").write_text(json.dumps(good | {field: value}))
         with pytest.raises(ConfigError, match=field):
             read(tmp_path)
+
+
+def test_the_command_takes_a_folder_and_the_bundle_in_it_or_another(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps(_saved(facts())))
+    small_bundle(tmp_path / "run" / "bundle", 0.5)
+    small_bundle(tmp_path / "other", 0.5, run=passport().run.replace(name="other"))
+    command = ["report", str(tmp_path / "run"), "--out", str(tmp_path / "run.html")]
+    found = CliRunner().invoke(app, [*command, "--json"])
+    assert json.loads(found.stdout)["bundle"] == str(tmp_path / "run" / "bundle")
+    html = (tmp_path / "run.html").read_text()
+    assert SIGNER in section(html, "handover").text
+    said = " ".join(CliRunner().invoke(app, command).stdout.split())
+    assert said.endswith(f"heart-1, finished, 4 rounds, {len(html.encode()):,} bytes")
+    failed = CliRunner().invoke(app, [*command, "--bundle", str(tmp_path / "other")])
+    assert failed.exit_code == 1
+    assert "is a bundle of other" in " ".join(failed.stderr.split())
+    assert (tmp_path / "run.html").read_text() == html
+    assert CliRunner().invoke(app, ["report", "a/b", "--out", "x.html"]).exit_code == 1
 
 
 def test_where_the_page_cannot_be_written_that_is_said_and_nothing_is_left(tmp_path: Path) -> None:
