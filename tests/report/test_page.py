@@ -307,10 +307,10 @@ def test_a_long_run_of_many_clients_still_has_a_page_of_bounded_size() -> None:
     found = parsed(html)
     assert "Of 60 clients, the first 50 by name are shown." in found.text
     assert "Of 600 rounds, one in 3 is shown" in found.text
-    rows = table(section(html, "scores"), "Loss on validation data")
+    rows = table(found.one("section", id="scores"), "Loss on validation data")
     assert [int(row[0]) for row in rows[1:]] == list(range(3, 601, 3))
-    assert "one column a span of 5 rounds" in section(html, "clients").text
-    assert table(section(html, "clients"), "Contributions")[1][:2] == ["site-000", "200"]
+    assert "one column a span of 5 rounds" in found.one("section", id="clients").text
+    assert table(found.one("section", id="clients"), "Contributions")[1][:2] == ["site-000", "200"]
 
 
 # -- the list of runs --------------------------------------------------------------------------------------------------
