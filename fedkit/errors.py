@@ -30,6 +30,7 @@ FedkitError
 
 CastWarning (a UserWarning): parameters that are not float32 travel as float32.
 RefusalWarning (a UserWarning): a client's own code failed, so the result was made without it.
+TrackingWarning (a UserWarning): a tracker failed, so the rest of the run is not written down there.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ __all__ = [
     "StorageError",
     "SumSpoiled",
     "TaskError",
+    "TrackingWarning",
     "TrustError",
     "Unreachable",
 ]
@@ -227,3 +229,7 @@ class CastWarning(UserWarning):
 
 class RefusalWarning(UserWarning):
     """A client's own code failed in a run that went on without it; the message names the first one."""
+
+
+class TrackingWarning(UserWarning):
+    """A tracker failed in a run that goes on without it; the message says what it said."""

@@ -50,6 +50,7 @@ from fedkit.status import RunStatus, Status
 from fedkit.strategies import HandOver
 from fedkit.strategy import Strategy
 from fedkit.task import Task
+from fedkit.tracking import About, Track, Tracking, tracker_for
 from fedkit.trust.certificates import Role
 from fedkit.trust.diagnosis import diagnose
 from fedkit.trust.identity import Identity
@@ -151,24 +152,31 @@ class Coordinator:
         owner: Owner | None = None,
         progress: bool | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
+        track: Track = None,
     ) -> Result:
         """Trains `task` with `strategy` over the clients that attend, and gives what `fedkit.simulate` gives.
 
         Task and strategy travel by name and must be registered at the coordinator; `name` names the run (None: made
         up). Every round begins when `min_clients` are there (None: the quorum, else 2). Interrupted, it detaches: the
-        run goes on. The models of a sealed run are for its `owner`, without whom the result holds them sealed.
+        run goes on. The models of a sealed run are for its `owner`, without whom the result holds them sealed. `track`
+        is where the run is written down beside that, as in `fedkit.simulate`.
 
         Raises `ConfigError`, `TaskError`, `IncompatibleStrategy` before anything is trained, `RunFailed` where a round
         stays below its quorum, `RunCancelled`.
         """
         known = registry.find_task(task) if isinstance(task, str) else task
         given: dict[str, Any] = {"init": init, "evaluate": evaluate, "privacy": privacy, "min_clients": min_clients}
+        tracker = tracker_for(track)
         run = self.submit(task, strategy, name=name, seed=seed, owner=owner, **given)
+        what: Any = {"task": known, "strategy": strategy, "seed": seed, "engine": "federation"}
+        about = About(run=run, privacy=privacy, evaluate=evaluate, **what)
         try:
-            with shown(strategy, progress, on_round) as watcher:
-                for record in self.watch(run, say=watcher.say):
-                    watcher(record)
-            found = self._result(run, known, strategy, owner)
+            with Tracking(tracker, about, on_round) as tracking:
+                with shown(strategy, progress, tracking) as watcher:
+                    for record in self.watch(run, say=watcher.say):
+                        watcher(record)
+                found = self._result(run, known, strategy, owner)
+                tracking.end(found.outcome, found.clients, found.privacy)
         except KeyboardInterrupt:
             text = f'detached; {run} goes on at {self.address}. Look again: connect(...).result("{run}")'
             raise KeyboardInterrupt(f"{text}, or fedkit status {run}") from None

@@ -25,12 +25,13 @@ from fedkit.rounds.conduct import Best, Outcome
 from fedkit.rounds.journal import RoundRecord
 from fedkit.strategy import Strategy
 from fedkit.task import Task
+from fedkit.tracking import About, Shipped, Teller, Track, shipped, story
 from fedkit.weights import Weights
 
 if TYPE_CHECKING:
     from fedkit.handover import Asked, Handed, Subject
 
-__all__ = ["Result", "load", "opened", "subject", "trained", "warn_of_failures"]
+__all__ = ["Result", "load", "opened", "shipment", "subject", "trained", "warn_of_failures"]
 
 
 def opened(outcome: Outcome, open: Callable[[Weights], Weights]) -> Outcome:
@@ -168,18 +169,31 @@ class Result:
         settings: Export | None = None,
         questions: Questions = Questions(),
         key: Path | None = None,
+        track: Track = None,
     ) -> Handed:
         """Writes the signed bundle of the final model, or of the best round's: ONNX, its passport, a model card.
 
         What is quantised is calibrated, scored and examined by the run's clients. `settings` says more than `quantize`,
-        `questions` what the examination asks (`fedkit.deploy.acceptance`), `key` where the signing key is.
+        `questions` what the examination asks (`fedkit.deploy.acceptance`), `key` where the signing key is, `track` who
+        is told of the bundle (`fedkit.tracking`).
 
         Raises `ConfigError`, `ModelSealed`, `ExportError` where ONNX Runtime does not give what PyTorch gives.
         """
         from fedkit import handover
 
+        tell = Teller(track)
         chosen = settings or Export(quantize=quantize)
-        return handover.hand_over(subject(self, best=best), folder, chosen, questions=questions, key=key)
+        handed = handover.hand_over(subject(self, best=best), folder, chosen, questions=questions, key=key)
+        tell(lambda: shipment(self, handed))
+        return handed
+
+
+def shipment(result: Result, handed: Handed) -> Shipped:
+    """What a tracker is told of a result's bundle."""
+    what: Any = {"task": result.task, "strategy": result.strategy, "seed": result.seed, "engine": result.engine}
+    what |= {"privacy": result.privacy, "evaluate": result.evaluate, "clients": len(result.clients)}
+    whole = story(About(run=result.name or result.task.name, **what), result.outcome, result.clients)
+    return shipped(handed.folder, handed.passport, handed.signer, whole)
 
 
 def subject(result: Result, *, best: bool = False) -> Subject:

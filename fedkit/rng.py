@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-__all__ = ["generator", "seed_all", "seed_for", "seeded", "torch_generator"]
+__all__ = ["generator", "kept", "seed_all", "seed_for", "seeded", "torch_generator"]
 
 
 def seed_for(seed: int, *labels: str | int) -> int:
@@ -47,13 +47,20 @@ def seed_all(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seeds torch, numpy and `random` inside the block and puts back what was there before."""
+def kept() -> Iterator[None]:
+    """Puts the global generators of torch, numpy and `random` back to where they were before the block."""
     before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        seed_all(seed)
         try:
             yield
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch, numpy and `random` inside the block and puts back what was there before."""
+    with kept():
+        seed_all(seed)
+        yield

@@ -17,8 +17,9 @@ from fedkit.handover import Asked, Handed, hand_over
 from fedkit.registry import choose_task
 from fedkit.remote import asking as asking_coordinator
 from fedkit.remote import connect
-from fedkit.result import Result, load, subject
+from fedkit.result import Result, load, shipment, subject
 from fedkit.simulation.run import asking
+from fedkit.tracking import Teller
 from fedkit.trust.identity import Identity
 
 __all__ = ["Wish", "bundled", "exported", "facts", "kept", "report"]
@@ -30,12 +31,13 @@ HERE = "127.0.0.1:8443"
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What a person asks of an export: which model, how, examined in what, signed by the key in which folder."""
+    """What a person asks of an export: which model, how, examined in what, signed by which folder's key, told whom."""
 
     settings: Export = Export()
     best: bool = False
     acceptance: Path | None = None
     key: Path | None = None
+    track: str | None = None
 
 
 def exported(run: str, out: Path, task: str | None, peer: Peer, wish: Wish, as_json: bool) -> Handed:
@@ -51,9 +53,12 @@ def bundled(result: Result, out: Path, wish: Wish, as_json: bool) -> Handed:
         from fedkit.deploy.acceptance import read
 
         questions = read(wish.acceptance).questions()
+    tell = Teller(wish.track)
     with show.stages(as_json) as say:
         model = subject(result, best=wish.best)
-        return hand_over(model, out, wish.settings, questions=questions, key=wish.key, say=say)
+        handed = hand_over(model, out, wish.settings, questions=questions, key=wish.key, say=say)
+    tell(lambda: shipment(result, handed))
+    return handed
 
 
 def _saved(folder: Path, task: str | None, peer: Peer) -> Result:
@@ -84,10 +89,12 @@ def _fetched(run: str, task: str | None, peer: Peer) -> Result:
         return coordinator.result(run, known)
 
 
-def kept(result: Result, out: Path, settings: Export | None, as_json: bool) -> Handed | None:
+def kept(result: Result, out: Path, settings: Export | None, track: str | None, as_json: bool) -> Handed | None:
     """Saves a result, and hands it over as the run file's `[export]` says, to `out`/bundle."""
     result.save(out)
-    return None if settings is None else bundled(result, out / "bundle", Wish(settings=settings), as_json)
+    if settings is None:
+        return None
+    return bundled(result, out / "bundle", Wish(settings=settings, track=track), as_json)
 
 
 def facts(result: Result, handed: Handed | None) -> dict[str, Any]:

@@ -42,6 +42,12 @@ Identity = Annotated[
     typer.Option("--identity", envvar="FEDKIT_IDENTITY", metavar="FOLDER", help="What fedkit enroll wrote; for TLS."),
 ]
 HERE = "127.0.0.1:8443"
+Track = Annotated[
+    str | None,
+    typer.Option(
+        envvar="FEDKIT_TRACK", metavar="WHERE", help="Write it down there too: mlflow[:URI] or tensorboard[:FOLDER]."
+    ),
+]
 
 
 class Which(enum.StrEnum):
@@ -73,13 +79,15 @@ def simulate(
     clients: Annotated[str | None, typer.Option(help="Comma-separated, instead of the run file's.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes, instead of the run file's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for run.json and the weights.")] = None,
+    track: Track = None,
     as_json: Json = False,
 ) -> None:
     """Train a run file's task over simulated clients on this machine."""
-    from fedkit.cli.simulated import simulated
+    from fedkit.cli.simulated import Given, simulated
 
     with edge():
-        simulated(run_file, task, clients.split(",") if clients else None, workers, out, as_json)
+        given = Given(task=task, clients=clients.split(",") if clients else None, workers=workers, track=track)
+        simulated(run_file, given, out, as_json)
 
 
 @app.command()
@@ -95,6 +103,7 @@ def run(
     roster: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The roster; for the owner of a sealed run, with --identity.")
     ] = None,
+    track: Track = None,
     as_json: Json = False,
 ) -> None:
     """Train a run file's task over the clients that attend a coordinator."""
@@ -102,7 +111,7 @@ def run(
 
     with edge():
         peer = (coordinator, identity)
-        networked.begin(run_file, peer, task, out=out, detach=detach, roster=roster, as_json=as_json)
+        networked.begin(run_file, peer, task, out=out, detach=detach, roster=roster, track=track, as_json=as_json)
 
 
 @app.command()
@@ -322,6 +331,7 @@ def export(
         typer.Option(envvar="FEDKIT_COORDINATOR", metavar="HOST:PORT", help="Where the run's clients attend."),
     ] = None,
     identity: Identity = None,
+    track: Track = None,
     as_json: Json = False,
 ) -> None:
     """Hand a run's model over: ONNX, quantised and checked by the run's clients, with a signed passport."""
@@ -331,7 +341,7 @@ def export(
     with edge():
         bundles.require_layout(layout, canary, storage_uri)
         settings = Export(quantize=quantize, calibration=calibration, epsilon=epsilon)
-        wish = exported.Wish(settings=settings, best=best, acceptance=acceptance, key=key)
+        wish = exported.Wish(settings=settings, best=best, acceptance=acceptance, key=key, track=track)
         handed = exported.exported(run, out, task, (coordinator, identity), wish, as_json)
         served = out.with_name(f"{out.name}-{layout.value}") if layout else None
         if layout and served:

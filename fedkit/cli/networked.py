@@ -23,6 +23,7 @@ from fedkit.runfile import RunFile, read
 from fedkit.status import RunStatus
 from fedkit.strategy import Strategy
 from fedkit.task import Task
+from fedkit.tracking import About, Tracker, Tracking, tracker_for
 
 __all__ = ["begin", "cancel", "status", "unseal", "weights"]
 
@@ -33,12 +34,21 @@ _PATIENCE_S = 1.0  # of a question; a run is waited for longer
 
 
 def begin(
-    path: Path, peer: Peer, task: str | None, *, out: Path | None, detach: bool, roster: Path | None, as_json: bool
+    path: Path,
+    peer: Peer,
+    task: str | None,
+    *,
+    out: Path | None,
+    detach: bool,
+    roster: Path | None,
+    track: str | None,
+    as_json: bool,
 ) -> None:
     """Submits a run file, shows its rounds as they happen, and keeps the result."""
     file, owner = read(path), _owner(peer[1], roster)
-    if detach and out is not None:
-        raise ConfigError("--detach returns before there is a result: leave --out to fedkit weights")
+    if detach and (out is not None or track is not None):
+        raise ConfigError("--detach returns before there is a result: leave --out and --track to fedkit export")
+    tracker = tracker_for(track)
     known = None if detach and task is None else choose_task(task, file.run.task)
     if file.run.task is None and known is not None:
         file = file.replace(run=file.run.replace(task=known.name))
@@ -48,11 +58,11 @@ def begin(
             _report_begun(name, as_json)
             return
         try:
-            result = _followed(coordinator, file, known, owner, as_json)
+            result = _followed(coordinator, file, known, owner, tracker, as_json)
         except KeyboardInterrupt:
             text = f"detached; {name} goes on at the coordinator: look again with fedkit status {name}"
             raise KeyboardInterrupt(text) from None
-    handed = None if out is None else kept(result, out, file.export, as_json)
+    handed = None if out is None else kept(result, out, file.export, track, as_json)
     _report(result, name, out, handed, as_json)
 
 
@@ -65,21 +75,29 @@ def _owner(identity: Path | None, roster: Path | None) -> Owner | None:
     return Owner.load(identity, roster)
 
 
-def _followed(coordinator: Coordinator, file: RunFile, task: Task, owner: Owner | None, as_json: bool) -> Result:
+def _followed(
+    coordinator: Coordinator, file: RunFile, task: Task, owner: Owner | None, tracker: Tracker | None, as_json: bool
+) -> Result:
     name, strategy = file.run.name, file.build_strategy()
-    if as_json:
-        for _ in coordinator.watch(name):
-            continue
-    else:
-        _show_rounds(coordinator, file, strategy)
-    return coordinator.result(name, task, strategy, owner)
+    what: Any = {"task": task, "strategy": strategy, "seed": file.run.seed, "engine": "federation"}
+    about = About(run=name, privacy=file.privacy, evaluate=file.evaluate, **what)
+    with Tracking(tracker, about) as tracking:
+        if as_json:
+            for record in coordinator.watch(name):
+                tracking(record)
+        else:
+            _show_rounds(coordinator, file, strategy, tracking)
+        result = coordinator.result(name, task, strategy, owner)
+        tracking.end(result.outcome, result.clients, result.privacy)
+    return result
 
 
-def _show_rounds(coordinator: Coordinator, file: RunFile, strategy: Strategy) -> None:
+def _show_rounds(coordinator: Coordinator, file: RunFile, strategy: Strategy, tracking: Tracking) -> None:
     title = f"{file.run.name}: {file.strategy['name']}, seed {file.run.seed}"
     with show.rounds(title, strategy.rounds) as observe:
         for record in coordinator.watch(file.run.name, say=observe.say):
             observe(record)
+            tracking(record)
 
 
 def _report_begun(name: str, as_json: bool) -> None:

@@ -18,7 +18,7 @@ from fedkit.config import Fraction, NotNegative, PositiveFloat, PositiveInt, Set
 from fedkit.deploy.passport import Examined, Passport, Scores
 from fedkit.exam import Bound, GroupName, Questions, number_key
 
-__all__ = ["Criteria", "Groups", "Outcome", "Protection", "Quantization", "Sites", "Verdict", "read"]
+__all__ = ["Criteria", "Groups", "Outcome", "Protection", "Quantization", "Sites", "Verdict", "cost", "read"]
 
 Outcome: TypeAlias = Literal["passed", "missed", "not measured"]
 Aggregation: TypeAlias = Literal["plain", "masked", "bfv", "ckks"]
@@ -304,15 +304,15 @@ def _privacy(criteria: Criteria, passport: Passport) -> Iterator[Verdict]:
     rule, name = criteria.privacy, passport.privacy.aggregation
     for which, most in (("epsilon", rule.epsilon), ("delta", rule.delta)):
         if most is not None:
-            cost, text = _cost(passport, which)
-            outcome: Outcome = "not measured" if math.isnan(cost) else "passed" if cost <= most else "missed"
+            spent, text = cost(passport, which)
+            outcome: Outcome = "not measured" if math.isnan(spent) else "passed" if spent <= most else "missed"
             yield Verdict(which, f"<= {_shown(most)}", text, outcome)
     if rule.aggregation:
         outcome = "passed" if name in rule.aggregation else "missed"
         yield Verdict("aggregation", " or ".join(rule.aggregation), name, outcome)
 
 
-def _cost(passport: Passport, which: str) -> tuple[float, str]:
+def cost(passport: Passport, which: str) -> tuple[float, str]:
     """Epsilon or delta of the client that it cost most, calibration added (basic composition), and how it came about.
 
     NaN where a client's cost is not known, infinity where something of the data is in the model without noise.

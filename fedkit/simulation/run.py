@@ -28,6 +28,7 @@ from fedkit.simulation.workers import InProcess, Processes, Setting, Workers
 from fedkit.strategies import HandOver
 from fedkit.strategy import Strategy
 from fedkit.task import Task
+from fedkit.tracking import About, Track, Tracking
 from fedkit.weights import Weights
 
 __all__ = ["asking", "simulate"]
@@ -49,17 +50,20 @@ def simulate(
     device: str = "auto",
     progress: bool | None = None,
     on_round: Callable[[RoundRecord], None] | None = None,
+    track: Track = None,
     journal: Journal | None = None,
     latency: Latency | None = None,
 ) -> Result:
     """Trains `task` with `strategy` over simulated clients and scores the result on their test data, once.
 
     The same seed gives the same bits on a CPU for any number of `workers` (processes). `threads` is how many torch
-    uses in each of them (None: as many as it is set to); other numbers may give other bits, and small models or busy
-    machines want 1. `init` is a warm start: weights, a module, or a file. With `evaluate`, a tenth of each client's
-    training rows is set aside where it has no validation data. `device` is "auto", "cpu", "cuda" or "mps". `progress`
-    shows a live table on the terminal (None: where there is one). With `privacy.dp`, samples and noise come from the
-    operating system and differ from run to run, whatever the seed. `latency` gives virtual seconds per assignment.
+    uses in each of them (None: as many as it is set to); other numbers may give other bits, and small models or
+    busy machines want 1. `init` is a warm start: weights, a module, or a file. With `evaluate`, a tenth of each
+    client's training rows is set aside where it has no validation data. `device` is "auto", "cpu", "cuda" or "mps".
+    `progress` shows a live table on the terminal (None: where there is one). `track` is where the run is written
+    down beside that ("mlflow", "tensorboard:FOLDER", or a function: see `fedkit.tracking`). With `privacy.dp`,
+    samples and noise come from the operating system and differ from run to run, whatever the seed. `latency` gives
+    virtual seconds per assignment.
 
     Raises `ConfigError`, `TaskError`, `IncompatibleStrategy` before anything is trained, `RunFailed` where a round
     stays below its quorum.
@@ -71,10 +75,12 @@ def simulate(
     _require_counts(workers=workers, threads=1 if threads is None else threads)
     holds_out_valid = evaluate is not None or strategy.needs_valid
     setting = Setting(task, seed, device, holds_out_valid, threads=threads or torch.get_num_threads())
+    what: Any = {"task": task, "strategy": strategy, "seed": seed, "engine": "simulation", "clients": len(names)}
+    tracking = Tracking(track, About(run=task.name, privacy=privacy, evaluate=evaluate, **what), on_round)
     place = _place(setting, min(workers, len(names)))
     transport = SimulatedTransport(names, place, seed=seed, latency=latency)
     try:
-        with shown(strategy, progress, on_round) as observer, rng.seeded(seed), _settled(setting.threads):
+        with tracking, shown(strategy, progress, tracking) as watcher, rng.seeded(seed), _settled(setting.threads):
             plan = Plan(
                 name=task.name,
                 task=task,
@@ -86,9 +92,10 @@ def simulate(
                 shield=shield,
                 sharing=sharing_for(strategy, task, privacy),
                 min_clients=len(names),
-                on_round=observer,
+                on_round=watcher,
             )
             outcome = opened(_run(conduct(plan, transport, journal or MemoryJournal())), open_any)
+            tracking.end(outcome, names, privacy)
     except RunFailed as error:
         raise error from place.failure() or error.__cause__
     finally:

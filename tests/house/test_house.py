@@ -66,6 +66,7 @@ EDGES = {
     "fedkit/deploy/convert.py": 1,
     "fedkit/deploy/quantize.py": 1,
     "fedkit/codec.py": 1,
+    "fedkit/tracking/teller.py": 1,
     "server/runs.py": 1,
     "client/worker.py": 1,
 }
@@ -161,6 +162,8 @@ def test_importing_fedkit_loads_nothing_heavy() -> None:
         "torchmetrics",
         "matplotlib",
         "loky",
+        "mlflow",
+        "tensorboard",
     }
     assert not loaded & heavy
 
