@@ -48,6 +48,7 @@ class Server(enum.StrEnum):
 
     TRITON = "triton"
     KSERVE = "kserve"
+    ORT_MOBILE = "ort-mobile"
 
 
 def verify(folder: Folder, signer: Signer = None, as_json: Json = False) -> None:
@@ -123,7 +124,9 @@ def predict(
 
 def layout(
     folder: Folder,
-    to: Annotated[Server, typer.Option(help="Triton's model repository, or that and a KServe InferenceService.")],
+    to: Annotated[
+        Server, typer.Option(help="Triton's repository, that and a KServe InferenceService, or a phone's ORT file.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where it goes.")],
     name: Annotated[str | None, typer.Option(help="The model's name there; default: the task's.")] = None,
     canary: Canary = None,
@@ -146,7 +149,7 @@ def layout(
 def require_layout(to: Server | None, canary: int | None, storage_uri: str | None) -> None:
     """Raises `ConfigError` for what a server does not take, or does not do without."""
     if to is not Server.KSERVE and (canary is not None or storage_uri is not None):
-        raise ConfigError("--canary and --storage-uri are KServe's: Triton splits no traffic and fetches nothing")
+        raise ConfigError("--canary and --storage-uri are KServe's: nothing else splits traffic or fetches models")
     if to is Server.KSERVE and storage_uri is None:
         raise ConfigError("KServe needs --storage-uri, where the models folder will be: s3://...")
 
@@ -169,4 +172,6 @@ def laid_out(
     bundle = verify_bundle(folder, signer)
     if to is Server.TRITON:
         return bundle, layouts.triton(bundle, out, name)
+    if to is Server.ORT_MOBILE:
+        return bundle, layouts.ort_mobile(bundle, out, name)
     return bundle, layouts.kserve(bundle, out, name, storage_uri=storage_uri, canary_percent=canary)

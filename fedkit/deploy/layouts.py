@@ -1,4 +1,4 @@
-"""A bundle as those who serve models expect it: Triton's model repository, and KServe's InferenceService over one.
+"""A bundle as those who serve models expect it: Triton's repository, KServe's InferenceService, a phone's ORT file.
 
 Triton: github.com/triton-inference-server/server, docs/user_guide/model_repository.md and model_configuration.md.
 KServe: kserve.github.io, InferenceService v1beta1. Traffic is split by KServe itself; nothing here serves anything.
@@ -15,11 +15,12 @@ from pathlib import Path
 from fedkit.codec import write_atomically
 from fedkit.config import require_name
 from fedkit.deploy.folders import new_folder
+from fedkit.deploy.mobile import mobile_files
 from fedkit.deploy.passport import TensorFacts
 from fedkit.deploy.verify import Verified
 from fedkit.errors import ConfigError
 
-__all__ = ["kserve", "triton"]
+__all__ = ["kserve", "ort_mobile", "triton"]
 
 _TYPES = {
     "bool": "TYPE_BOOL",
@@ -75,6 +76,17 @@ def kserve(
     files = {f"models/{name}/{path}": content for path, content in _repository(bundle, name, max_batch).items()}
     files["inference-service.yaml"] = _service(bundle, name, storage_uri, canary_percent).encode()
     return _written(Path(out), files)
+
+
+def ort_mobile(bundle: Verified, out: Path | str, name: str | None = None) -> Path:
+    """Writes `out`: `NAME.ort`, which ONNX Runtime loads on phones, and `NAME.required_operators.config`; returns it.
+
+    `name` is the task's by default. The second file is for whoever builds ONNX Runtime with nothing but what the
+    network needs. Where the machine that converts has no float16 kernels, as x86, a float16 network is float32 in it.
+    Raises `ConfigError` where `out` holds anything, `ExportError` where the file does not give what the network gives.
+    """
+    name = require_name(bundle.passport.task.name if name is None else name, "the model's name")
+    return _written(Path(out), mobile_files(bundle.shipped, name, bundle.passport))
 
 
 def _written(folder: Path, files: Mapping[str, bytes]) -> Path:

@@ -88,3 +88,4 @@ def test_layout_writes_what_servers_want(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "k" / "models" / "risk" / "config.pbtxt").is_file()
     assert fedkit("layout", made, "--to", "triton", "--out", tmp_path / "x", "--canary", "10").exit_code == 1
     assert not (tmp_path / "x").exists()
+    assert fedkit("layout", made, "--to", "ort-mobile", "--out", tmp_path / "x", "--canary", "10").exit_code == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
+from typer.testing import CliRunner
 
-from fedkit.deploy import layouts
-from fedkit.deploy.layouts import kserve, triton
+from fedkit.cli import app
+from fedkit.deploy import layouts, runtime
+from fedkit.deploy.layouts import kserve, ort_mobile, triton
 from fedkit.deploy.passport import TensorFacts
+from fedkit.deploy.probe import apart, drawn
 from fedkit.deploy.verify import Verified, verify_bundle
-from fedkit.errors import ConfigError
+from fedkit.errors import ConfigError, ExportError
 from fedkit.trust.signing import public_of
 from tests.deploy.conftest import KEY
 
@@ -141,4 +145,42 @@ def test_kserve_s_service_serves_the_repository_beside_it(verified: Verified, tm
 def test_what_kserve_does_not_take_is_refused(options: dict, match: str, verified: Verified, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=match):
         kserve(verified, tmp_path / "out", **({"storage_uri": URI} | options))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def phone(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("phone") / "out"
+    found = CliRunner().invoke(app, ["layout", str(made), "--to", "ort-mobile", "--out", str(out), "--json"])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.output)["path"] == str(out)
+    return out
+
+
+def test_a_phone_s_file_gives_the_numbers_of_the_network_and_carries_its_passport(
+    verified: Verified, phone: Path
+) -> None:
+    assert files(phone) == ["heart.ort", "heart.required_operators.config"]
+    content = (phone / "heart.ort").read_bytes()
+    assert content[4:8] == b"ORTM"
+    running = runtime.session(content, threads=1)
+    rows = drawn(verified.passport.task, rows=16, seed=1)
+    wanted = runtime.run(runtime.session(verified.shipped, threads=1), rows)
+    assert apart(runtime.run(running, rows), wanted) <= 1e-6
+    assert "fedkit.passport" in running.get_modelmeta().custom_metadata_map
+
+
+def test_the_operators_of_a_phone_s_file_are_named_and_no_path_of_this_machine(phone: Path) -> None:
+    head, *lines = (phone / "heart.required_operators.config").read_text().splitlines()
+    assert head == "# int8-dynamic network of run heart-1: --include_ops_by_config of a minimal build"
+    named = {name for line in lines for name in line.split(";")[2].split(",")}
+    assert "DynamicQuantizeMatMul" in named
+
+
+def test_what_no_phone_takes_is_refused_and_leaves_nothing_behind(verified: Verified, tmp_path: Path) -> None:
+    broken = dataclasses.replace(verified, models=dict.fromkeys(verified.models, b"no network"))
+    with pytest.raises(ExportError, match="does not convert"):
+        ort_mobile(broken, tmp_path / "out")
+    with pytest.raises(ConfigError, match="the model's name"):
+        ort_mobile(verified, tmp_path / "out", "../up")
     assert list(tmp_path.iterdir()) == []
