@@ -1,7 +1,7 @@
 # make demo   install into .venv, train across four hospitals, compare strategies, export ONNX
 # make test   everything CI holds: format, lint, types, layers, tests with coverage
 # make sbom   what a deployment consists of, as CycloneDX JSON (make test writes it too)
-# make extras what needs more than that: the page of a run in a real browser
+# make extras what needs other people's heavy libraries: trackers, a model server, a browser
 # make faults kill, cut, misuse and flood a running federation, and count what was lost
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check protos sbom locks bench extras faults figures clean
+.PHONY: demo test extras check protos sbom locks bench faults figures clean
 
 $(VENV)/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,11 +36,18 @@ test: check sbom
 $(VENV)-extras/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-extras
 	$(VENV)-extras/bin/pip install --quiet torch==2.13.0
-	$(VENV)-extras/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
+	$(VENV)-extras/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,browser,mlflow,tensorboard]'
 	@touch $@
 
-extras: $(VENV)-extras/ready
-	OUT=$(OUT) $(VENV)-extras/bin/pytest --no-cov tests/extras
+# The model server pins what others want newer; it needs no fedkit.
+$(VENV)-serving/ready: Makefile
+	$(PYTHON) -m venv $(VENV)-serving
+	$(VENV)-serving/bin/pip install --quiet mlserver==1.7.1 onnxruntime==1.31.1
+	@touch $@
+
+extras: $(VENV)-extras/ready $(VENV)-serving/ready
+	OUT=$(OUT) FEDKIT_MLSERVER=$(abspath $(VENV)-serving/bin/mlserver) \
+		$(VENV)-extras/bin/pytest tests/extras --durations=10
 
 $(VENV)-supply/ready: Makefile
 	$(PYTHON) -m venv $(VENV)-supply
@@ -93,4 +100,4 @@ figures: $(VENV)/dev $(VENV)-pfl/ready $(VENV)-peers/ready
 	$(BIN)/python bench/figures.py $(PEERS) $(if $(DATA),--data "$(DATA)")
 
 clean:
-	rm -rf $(VENV) $(VENV)-extras $(VENV)-pfl $(VENV)-peers $(VENV)-supply $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-pfl $(VENV)-peers $(VENV)-supply $(VENV)-extras $(VENV)-serving $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
