@@ -1,7 +1,8 @@
 # make demo   install into .venv, train across four hospitals, compare strategies, export ONNX
 # make test   everything CI holds: format, lint, types, layers, tests with coverage
 # make sbom   what a deployment consists of, as CycloneDX JSON (make test writes it too)
-# make extras what needs other people's heavy libraries: trackers, a model server, a browser
+# make docs   the pages of docs/ as a site in out/docs, complete in itself
+# make extras what needs other people's heavy libraries: trackers, a model server, a browser, the site
 # make faults kill, cut, misuse and flood a running federation, and count what was lost
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 OUT ?= out
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test extras check protos sbom locks bench faults figures clean
+.PHONY: demo test extras check protos sbom locks bench faults figures docs clean
 
 $(VENV)/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,7 +37,7 @@ test: check sbom
 $(VENV)-extras/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-extras
 	$(VENV)-extras/bin/pip install --quiet torch==2.13.0
-	$(VENV)-extras/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,browser,mlflow,tensorboard]'
+	$(VENV)-extras/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,browser,docs,mlflow,tensorboard]'
 	@touch $@
 
 # The model server pins what others want newer; it needs no fedkit.
@@ -95,9 +96,18 @@ bench: $(VENV)/dev $(VENV)-pfl/ready $(VENV)-peers/ready
 	$(BIN)/python bench/run.py $(PEERS)
 	$(BIN)/python bench/idle_agents.py
 
-# DATA is a folder with the Fashion-MNIST files, for the figures that need them and another half hour.
+$(VENV)-docs/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet torch==2.13.0
+	$(VENV)-docs/bin/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)-docs/ready
+	$(VENV)-docs/bin/mkdocs build --strict --site-dir $(OUT)/docs
+
+# It writes docs/figures.md. DATA is a folder with the Fashion-MNIST files, for figures that need them and half an hour.
 figures: $(VENV)/dev $(VENV)-pfl/ready $(VENV)-peers/ready
-	$(BIN)/python bench/figures.py $(PEERS) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python bench/figures.py $(PEERS) --page docs/figures.md $(if $(DATA),--data "$(DATA)")
 
 clean:
-	rm -rf $(VENV) $(VENV)-pfl $(VENV)-peers $(VENV)-supply $(VENV)-extras $(VENV)-serving $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-pfl $(VENV)-peers $(VENV)-supply $(VENV)-extras $(VENV)-serving $(VENV)-docs $(OUT) .coverage .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -21,6 +23,7 @@ from bench.calibration import calibration
 from bench.encryption import encryption
 from bench.fashion_mnist import accuracy_against_epsilon
 from bench.masking import masking
+from bench.page import Page
 from bench.quantization import eight_bits
 from bench.run import arguments, network, ratios
 from bench.sealing import sealing
@@ -105,25 +108,57 @@ def _plain_loop(client: str, fit: fedkit.Fit, prepared: Weights) -> Weights:
     return Weights.from_module(module)
 
 
+def _eight_bits(data: Path) -> list[Figure]:
+    with tempfile.TemporaryDirectory() as folder:
+        return eight_bits(data, Path(folder))
+
+
+def _sections(given: argparse.Namespace) -> dict[str, Callable[[], list[Figure]]]:
+    """What is measured, by title, in order; Fashion-MNIST only where it is given."""
+    data = given.data
+    with_data: dict[str, Callable[[], list[Figure]]] = {
+        "Fashion-MNIST, ten clients, delta 1e-5": lambda: accuracy_against_epsilon(data, Path("out")),
+        "Depthwise CNN in 8 bits, ONNX Runtime, one core": lambda: _eight_bits(data),
+        "Ranges from five clients with different images": lambda: calibration(data),
+    }
+    return {
+        "Accuracy on real data": heart,
+        "Differential privacy": lambda: [*private_heart(), *accounting()],
+        "Masked sums": masking,
+        "Six architectures as ONNX": architectures,
+        **(with_data if data is not None else {}),
+        "Encrypted sums": encryption,
+        "Sealed models": sealing,
+        "Equalities": equalities,
+        "Label skew": scaffold,
+        "Speed": lambda: ratios(given.pfl),
+        "Network": lambda: network(given.peers),
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    parser = arguments()
+    parser.add_argument("--page", type=Path, help="a Markdown page to write what is measured to")
+    parser.add_argument("--only", action="append", metavar="TITLE", help="measure this section; may be given again")
+    given = parser.parse_args()
+    unknown = set(given.only or ()) - set(_sections(given))
+    if unknown:
+        parser.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(_sections(given))}")
+    return given
+
+
 def main() -> None:
-    """Measures and prints; exits with 1 where a target is missed."""
+    """Measures and prints, and writes the page; exits with 1 where a target is missed."""
     torch.set_num_threads(1)
-    given = arguments()
-    good = show("Accuracy on real data", heart())
-    good &= show("Differential privacy", [*private_heart(), *accounting()])
-    good &= show("Masked sums", masking())
-    good &= show("Six architectures as ONNX", architectures())
-    if given.data is not None:
-        good &= show("Fashion-MNIST, ten clients, delta 1e-5", accuracy_against_epsilon(given.data, Path("out")))
-        with tempfile.TemporaryDirectory() as folder:
-            good &= show("Depthwise CNN in 8 bits, ONNX Runtime, one core", eight_bits(given.data, Path(folder)))
-        good &= show("Ranges from five clients with different images", calibration(given.data))
-    good &= show("Encrypted sums", encryption())
-    good &= show("Sealed models", sealing())
-    good &= show("Equalities", equalities())
-    good &= show("Label skew", scaffold())
-    good &= show("Speed", ratios(given.pfl))
-    sys.exit(not (good & show("Network", network(given.peers))))
+    given = _arguments()
+    good = True
+    for title, measure in _sections(given).items():
+        if given.only is None or title in given.only:
+            figures = measure()
+            good &= show(title, figures)
+            if given.page is not None:
+                Page(given.page).put(title, figures)
+    sys.exit(not good)
 
 
 if __name__ == "__main__":

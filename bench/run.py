@@ -36,18 +36,18 @@ def network(peers: str | None) -> list[Figure]:
     ]
 
 
-def arguments() -> argparse.Namespace:
-    """Where the peers and the data are, from the command line."""
+def arguments() -> argparse.ArgumentParser:
+    """The command line: where the peers and the data are."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pfl", help="a Python that has pfl installed")
     parser.add_argument("--peers", help="a Python that has flwr and nvflare installed")
     parser.add_argument("--data", type=Path, help="the folder with the four Fashion-MNIST .gz files")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
     """Measures and prints; exits with 1 where a target is missed."""
-    given = arguments()
+    given = arguments().parse_args()
     good = show("Speed", ratios(given.pfl))
     sys.exit(not (good & show("Network", network(given.peers))))
 

@@ -1,0 +1,71 @@
+"""A page of figures in Markdown: one section a table, each with the commit, the day and the machine it comes from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench.table import Figure
+
+__all__ = ["Page"]
+
+ROOT = Path(__file__).parents[1]
+_MEASURED = ("fedkit", "server", "client", "strategies", "protos", "examples/*.py")  # examples are measured too
+_HEAD = """# Figures
+
+`make figures` measures what is on this page and writes it. Each section says from which commit its numbers are, when
+they were measured and on what; a section that a run leaves out keeps what it had. A target is a promise: `make figures`
+ends with exit code 1 where one is missed. Seconds depend on the machine, so speed is a ratio to something measured
+beside it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The page in one file; it keeps the sections that a run does not measure."""
+
+    path: Path
+
+    def put(self, title: str, figures: list[Figure]) -> None:
+        """Writes or replaces one section, under its title."""
+        sections = {**self._sections(), title: _section(figures)}
+        self.path.write_text("\n".join([_HEAD, *(f"## {name}\n\n{text}\n" for name, text in sections.items())]))
+
+    def _sections(self) -> dict[str, str]:
+        parts = re.split(r"(?m)^## ", self.path.read_text())[1:] if self.path.exists() else []
+        pairs = (part.split("\n", 1) for part in parts)
+        return {title: text.strip() for title, text in pairs}
+
+
+def _section(figures: list[Figure]) -> str:
+    rows = [("figure", "measured", "target", "", "how"), ("---", "---:", "---", "---", "---")]
+    for one in figures:
+        verdict = "**missed**" if not one.reached else "ok" if one.target else ""
+        rows.append((one.name, f"{one.value:.4g}", one.target, verdict, one.note))
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return f"{_source()}\n\n{table}"
+
+
+def _source() -> str:
+    """The last commit that changed what is measured, the day, and the machine."""
+    commit = _git("log", "-1", "--format=%h", "--", *_MEASURED) or "unknown"
+    changed = ", with changes that are in no commit" if _git("status", "--porcelain", "--", *_MEASURED) else ""
+    day = datetime.now(UTC).date().isoformat()
+    machine = f"{_processor()}, {os.cpu_count()} processors, Python {platform.python_version()}"
+    return f"Commit `{commit}`{changed}; {day}; {machine}."
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    listed = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", listed.read_text()) if listed.exists() else None
+    return found[1] if found else platform.machine()
