@@ -1,4 +1,4 @@
-"""What the site needs besides mkdocs: files outside docs/ that pages link to, and equations without JavaScript."""
+"""What the site needs besides mkdocs: files outside docs/, notebooks, and equations, all without a script."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
@@ -21,10 +22,12 @@ LANGUAGES = {".py": "python", ".proto": "protobuf", ".toml": "toml"}
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds SECURITY.md, the examples, and each source file that a page links to, as pages of their own."""
+    """Adds SECURITY.md, examples, notebooks, and each source file that a page links to, as pages of their own."""
     pages = [ROOT / "SECURITY.md", *sorted((ROOT / "examples").rglob("README.md"))]
     for path in pages:
         files.append(File.generated(config, _place(path), abs_src_path=str(path)))
+    for path in sorted(DOCS.rglob("*.ipynb")):
+        files.append(File.generated(config, _place(path), content=_notebook(path)))
     linked = {path for page in (*DOCS.rglob("*.md"), *pages) for path in _targets(page) if _is_source(path)}
     for path in sorted(linked):
         text = f"# {path.relative_to(ROOT)}\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{path.read_text()}````\n"
@@ -58,6 +61,22 @@ def on_page_content(content: str, page: Any, config: Any, files: Files) -> str: 
     return MATH.sub(shown, content)
 
 
+def _notebook(path: Path) -> str:
+    """A notebook as a page: text, code, and what the code printed or drew when the notebook was last run."""
+    parts = []
+    for cell in nbformat.read(path, as_version=4).cells:
+        parts.append(cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```")
+        parts += [_output(one) for one in cell.get("outputs", [])]
+    return "\n\n".join([*parts, f"[This page as a notebook]({path.name})"])
+
+
+def _output(output: Any) -> str:
+    image = output.get("data", {}).get("image/png")
+    if image is not None:
+        return f"![what this draws](data:image/png;base64,{image.strip()})"
+    return f"```text\n{output.text.rstrip()}\n```"
+
+
 def _targets(page: Path) -> Iterator[Path]:
     for found in LINK.findall(CODE.sub("", page.read_text())):
         yield _resolve(page, found)
@@ -76,7 +95,7 @@ def _is_source(path: Path) -> bool:
 def _place(path: Path) -> str:
     """Where a file of the repository is on the site."""
     if path.is_relative_to(DOCS):
-        return path.relative_to(DOCS).as_posix()
+        return path.relative_to(DOCS).as_posix().replace(".ipynb", ".md")
     inside = path.relative_to(ROOT).as_posix()
     if inside == "README.md":
         return "index.md"
