@@ -151,6 +151,9 @@ def resolves(name: str) -> bool:
 
 METADATA = {f"fedkit.{key}" for key in ("passport", "run", "aggregation", "created", "version", "variant")}
 METADATA |= {"fedkit.tasks", "fedkit.strategies", "fedkit.task", "fedkit.strategy"}  # entry points, and metadata too
+METADATA |= {
+    f"fedkit.{key}" for key in ("dp", "engine", "epsilon", "model", "round", "signer", "source", "weights")
+}  # tags
 
 
 def test_every_public_name_has_a_place_in_the_reference() -> None:
