@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from fedkit.protos.channels import channel
 from fedkit.protos.wire import CHANNEL_OPTIONS, PROTOCOL, Calls, Laden
 from fedkit.source import source_of
 from fedkit.strategies import CyclicWeightTransfer, FedAvg, FedSGD
+from fedkit.tracking import Event
 from fedkit.trust.authority import Authority
 from fedkit.trust.certificates import Role
 from fedkit.trust.identity import Identity
@@ -111,10 +113,16 @@ def test_what_the_policies_allow_is_done_by_all_members(federation: Loopback) ->
 
 
 def test_scores_of_single_clients_are_shown_where_their_policy_says_so(federation: Loopback) -> None:
-    result = trained(federation, evaluate=fedkit.Evaluation())
+    events: list[Event] = []
+    result = trained(federation, evaluate=fedkit.Evaluation(), track=events.append)
     assert set(result.history[0].per_client) == {"bea"}  # ada has too few rows of a class, cyd the defaults
     assert set(result.test_per_client) == {"bea"}
     assert set(result.test) == set(result.test_per_client["bea"])
+    told = {name for event in events for name in re.findall(r"\b(ada|bea|cyd)\b", repr(event))}
+    assert told == {"bea"}
+    assert events[1].metrics["client/bea/valid/loss"] == result.history[0].per_client["bea"]["loss"]
+    assert events[1].metrics["clients"] == 3
+    assert events[2].tags["fedkit.model"] == result.weights.digest
 
 
 @pytest.mark.parametrize(
