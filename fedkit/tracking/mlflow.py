@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["ALIAS", "BUNDLE", "MLflow"]
 
 ALIAS = "candidate"  # of the version that was registered last
-BUNDLE = "bundle"  # the folder among a run's artifacts
+BUNDLE = "bundle"  # the folder among a run's artifacts; bundle-2 and so on where it is exported again
 
 _STATES = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _PAUSE_S = 1.0  # rounds are sent together where they come faster than this
@@ -113,9 +114,10 @@ class MLflow:
     def _register(self, event: Shipped) -> None:
         """The run that ended with this model, or one made of its story, gets the bundle and a registered version."""
         self._run = self._find(event) or self._tell(event)
-        self._client.log_artifacts(self._run, str(event.folder), BUNDLE)
+        place = self._free_place()
+        self._client.log_artifacts(self._run, str(event.folder), place)
         self._name(event.name)
-        source = f"runs:/{self._run}/{BUNDLE}"
+        source = f"runs:/{self._run}/{place}"
         made = self._client.create_model_version(event.name, source, self._run, tags=dict(event.tags))
         self._client.set_registered_model_alias(event.name, ALIAS, made.version)
 
@@ -128,6 +130,12 @@ class MLflow:
         for one in event.story:
             self(one)
         return self._run
+
+    def _free_place(self) -> str:
+        """A folder for a bundle: a run that is exported again keeps the one before, which is a version too."""
+        taken = {one.path for one in self._client.list_artifacts(self._run)}
+        places = (BUNDLE if count == 1 else f"{BUNDLE}-{count}" for count in itertools.count(1))
+        return next(place for place in places if place not in taken)
 
     def _name(self, model: str) -> None:
         from mlflow.exceptions import MlflowException

@@ -87,12 +87,17 @@ def test_mlflow_holds_settings_rounds_scores_and_the_bundle_as_a_candidate(store
     version = client.get_model_version_by_alias("heart", "candidate")
     assert (int(version.version), version.run_id) == (1, run.info.run_id)
     assert (version.tags["fedkit.variant"], version.tags["fedkit.epsilon"]) == ("fp32", "none")
-    fetched = client.download_artifacts(run.info.run_id, "bundle", str(tmp_path))
+    (tmp_path / "fetched").mkdir()
+    (tmp_path / "kept").mkdir()
+    fetched = client.download_artifacts(run.info.run_id, "bundle", str(tmp_path / "fetched"))
     invoke("verify", fetched, "--signer", version.tags["fedkit.signer"], "--json")
 
     invoke("export", "out", "--out", "again", "--quantize", "none", "--track", f"mlflow:{store}", "--json")
     assert len(runs(client, "heart")) == 1
-    assert int(client.get_model_version_by_alias("heart", "candidate").version) == 2
+    version = client.get_model_version_by_alias("heart", "candidate")
+    assert (int(version.version), version.source) == (2, f"runs:/{run.info.run_id}/bundle-2")
+    kept = client.download_artifacts(run.info.run_id, "bundle", str(tmp_path / "kept"))
+    invoke("verify", kept, "--json")
 
 
 def test_a_bundle_of_a_run_that_mlflow_does_not_know_brings_its_run_along(
