@@ -14,6 +14,8 @@ from typing import Any
 
 from calls import HOST, call
 
+READY_WITHIN_S = 240
+
 
 @contextlib.contextmanager
 def serving(mlserver: str, folder: Path, network: Path, sha256: str) -> Iterator[int]:
@@ -26,14 +28,14 @@ def serving(mlserver: str, folder: Path, network: Path, sha256: str) -> Iterator
     for name, values in (("settings", settings), ("model-settings", model)):
         (folder / f"{name}.json").write_text(json.dumps(values))
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    log = folder / "log"
+    log, latest = folder / "log", time.monotonic() + READY_WITHIN_S
     with log.open("w") as file:
         about: Any = {"env": environment, "stdout": file, "stderr": file}
         server = subprocess.Popen([mlserver, "start", str(folder)], **about)  # noqa: S603 - the one that was given
     try:
         while call(ports["http_port"], "GET", "/v2/models/heart/ready") is None:
-            if server.poll() is not None:
-                raise SystemExit(f"the server has ended:\n{log.read_text()[-2000:]}")
+            if server.poll() is not None or time.monotonic() > latest:
+                raise SystemExit(f"the server is not ready:\n{log.read_text()[-2000:]}")
             time.sleep(0.2)
         yield ports["http_port"]
     finally:

@@ -13,12 +13,15 @@ import pytest
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serving"
 MLSERVER = os.environ.get("FEDKIT_MLSERVER", "")
 
-pytestmark = pytest.mark.skipif(not MLSERVER, reason="make extras says in FEDKIT_MLSERVER where MLServer is")
+pytestmark = [
+    pytest.mark.skipif(not MLSERVER, reason="make extras says in FEDKIT_MLSERVER where MLServer is"),
+    pytest.mark.timeout(400),  # what was just installed is compiled when it is first imported
+]
 
 
 def run(cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(EXAMPLE / "main.py"), "--mlserver", MLSERVER]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=140)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=350)
 
 
 def test_the_server_answers_as_pytorch_does_and_the_example_prints_what_its_readme_shows(tmp_path: Path) -> None:
@@ -40,6 +43,6 @@ from served import serving
 with serving({MLSERVER!r}, Path("server"), Path("model.onnx"), "0" * 64):
     pass
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=140)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=350)
     assert done.returncode == 1
     assert "this is not the network of the bundle" in done.stderr
