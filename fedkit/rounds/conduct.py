@@ -52,6 +52,11 @@ class Plan:
     min_clients: int = 1
     on_round: Observer | None = None
 
+    @property
+    def holds_out_valid(self) -> bool:
+        """Whether clients without validation rows set some of their training rows aside."""
+        return self.evaluate is not None or self.strategy.needs_valid
+
 
 @dataclass(frozen=True, slots=True)
 class Best:

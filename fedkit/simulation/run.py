@@ -7,6 +7,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from fedkit.task import Task
 from fedkit.tracking import About, Track, Tracking
 from fedkit.weights import Weights
 
-__all__ = ["asking", "simulate"]
+__all__ = ["asking", "require_counts", "simulate", "submitted"]
 
 T = TypeVar("T")
 
@@ -69,32 +70,17 @@ def simulate(
     stays below its quorum.
     """
     names = client_names(clients)
-    require_privacy(strategy, task, task.build(seed), privacy, len(names), simulated=True)
-    shield = shield_for(strategy, privacy.dp, len(names))
-    plan_init = _init(init, task)
-    _require_counts(workers=workers, threads=1 if threads is None else threads)
-    holds_out_valid = evaluate is not None or strategy.needs_valid
-    setting = Setting(task, seed, device, holds_out_valid, threads=threads or torch.get_num_threads())
+    plan = submitted(task, strategy, len(names), seed=seed, init=init, evaluate=evaluate, privacy=privacy)
+    require_counts(workers=workers, threads=1 if threads is None else threads)
+    setting = Setting(task, seed, device, plan.holds_out_valid, threads=threads or torch.get_num_threads())
     what: Any = {"task": task, "strategy": strategy, "seed": seed, "engine": "simulation", "clients": len(names)}
     tracking = Tracking(track, About(run=task.name, privacy=privacy, evaluate=evaluate, **what), on_round)
     place = _place(setting, min(workers, len(names)))
     transport = SimulatedTransport(names, place, seed=seed, latency=latency)
     try:
         with tracking, shown(strategy, progress, tracking) as watcher, rng.seeded(seed), _settled(setting.threads):
-            plan = Plan(
-                name=task.name,
-                task=task,
-                strategy=strategy,
-                seed=seed,
-                init=plan_init,
-                evaluate=evaluate,
-                privacy=owned(privacy, task.name),
-                shield=shield,
-                sharing=sharing_for(strategy, task, privacy),
-                min_clients=len(names),
-                on_round=watcher,
-            )
-            outcome = opened(_run(conduct(plan, transport, journal or MemoryJournal())), open_any)
+            work = conduct(replace(plan, on_round=watcher), transport, journal or MemoryJournal())
+            outcome = opened(_run(work), open_any)
             tracking.end(outcome, names, privacy)
     except RunFailed as error:
         raise error from place.failure() or error.__cause__
@@ -104,6 +90,32 @@ def simulate(
     about: Any = {"name": task.name, "privacy": privacy, "evaluate": evaluate, "engine": "simulation"}
     ask = asking(task, names, seed, workers=workers, threads=threads, device=device)
     return Result(task, trained(strategy, outcome), seed, tuple(names), outcome, **about, ask=ask)
+
+
+def submitted(
+    task: Task,
+    strategy: Strategy,
+    clients: int,
+    *,
+    seed: int,
+    init: Weights | nn.Module | Path | str | None = None,
+    evaluate: Evaluation | None = None,
+    privacy: Privacy = Privacy(),
+) -> Plan:
+    """What is to be run over so many clients of one machine; raises as `simulate` does before anything is trained."""
+    require_privacy(strategy, task, task.build(seed), privacy, clients, simulated=True)
+    return Plan(
+        name=task.name,
+        task=task,
+        strategy=strategy,
+        seed=seed,
+        init=_init(init, task),
+        evaluate=evaluate,
+        privacy=owned(privacy, task.name),
+        shield=shield_for(strategy, privacy.dp, clients),
+        sharing=sharing_for(strategy, task, privacy),
+        min_clients=clients,
+    )
 
 
 def asking(
@@ -141,7 +153,8 @@ def _init(init: Weights | nn.Module | Path | str | None, task: Task) -> Weights 
     return codec.load(init)
 
 
-def _require_counts(**counts: int) -> None:
+def require_counts(**counts: int) -> None:
+    """Raises `ConfigError` for a count below 1."""
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(f"{name} must be 1 or more, got {count}")

@@ -101,7 +101,7 @@ class LocalClient:
         self.name = name
         self.trained = 0
         self.failure: Exception | None = None
-        self._spent: dict[str, Tally] = {}  # by run
+        self.spent: dict[str, Tally] = {}  # what private work has cost, by run
         self._trainer = trainer
         self._store = store
         self._sums: dict[str, bytes] = {}  # what it keeps of secure sums, by call
@@ -178,7 +178,7 @@ class LocalClient:
         """The answer with what the run has cost so far; a simulated client has no budget but the run's."""
         if assignment.private is None:  # whole clients' privacy is the run's to account for
             return answer
-        spent = self._spent[assignment.run] = self._spent.get(assignment.run, Tally()).plus(steps)
+        spent = self.spent[assignment.run] = self.spent.get(assignment.run, Tally()).plus(steps)
         if not isinstance(answer, Update):
             return answer
         return replace(answer, loss=None, epsilon=epsilon_of(rdp_of(spent), assignment.private.dp.delta))
