@@ -165,6 +165,7 @@ class Site(Protocol):
     """What a task's own `train` loop sees of the client it runs at."""
 
     client: str
+    round: int
     fit: Fit
     device: torch.device
     state: MutableMapping[str, npt.NDArray[Any]]

@@ -1,4 +1,4 @@
-"""An assignment with its parcel, and an answer, each as one message and one payload, for carriers that bring both whole.
+"""An assignment with its parcel, and an answer, each as one message and one payload: for carriers of whole ones.
 
 fedkit's own wire moves payloads in chunks (`fedkit.protos.wire`). What comes over another one is checked here just as
 strictly: every function that reads raises `PayloadError` for what cannot be what it claims.
@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from fedkit.errors import PayloadError, Reason, Refused
 from fedkit.protos import agents_pb2 as pb
-from fedkit.protos import convert
+from fedkit.protos import convert, tensors_pb2
 from fedkit.rounds.assignment import Assignment, Parcel
 from fedkit.spool import payload_digest
 from fedkit.weights import Manifest, Vector, Weights
@@ -49,7 +49,7 @@ def asked_to(
     assignment: Assignment, parcel: Parcel, settled: Settled, *, task: str, strategy: str, holds_out_valid: bool
 ) -> tuple[bytes, Vector]:
     """The message, and its payload: all vectors of the parcel one after the other."""
-    about = {"task": task, "strategy": strategy, "holds_out_valid": holds_out_valid}
+    about: Any = {"task": task, "strategy": strategy, "holds_out_valid": holds_out_valid}
     message = convert.assignment_to_proto(assignment, parcel, parcel.payload_digest, **about)
     message.manifest = parcel.model.manifest.to_json()
     message.settlement.CopyFrom(pb.Settlement(accepted=settled.accepted, dropped=settled.dropped))
@@ -59,7 +59,7 @@ def asked_to(
 def asked_from(message: bytes, payload: Vector, client: str) -> Asked:
     """What `asked_to` wrote, for `client`."""
     found = _parsed(pb.Assignment, message)
-    header = convert.tensors_pb2.Header(
+    header = tensors_pb2.Header(
         manifest=found.manifest, extras=found.extras, payload_bytes=found.model_bytes, digest=found.model_digest
     )
     manifest, sizes = convert.header_from_proto(header)
@@ -107,9 +107,7 @@ def answer_from(message: bytes, payload: Vector, assignment: Assignment, sent: M
     announced = found.update
     sizes = convert.extras_from_proto(announced.extras, sent.size)
     weights, extra = _parted(payload, sent, sizes, announced.digest)
-    given: dict[str, Any] = {
-        name: getattr(announced, name) for name in ("loss", "epsilon") if announced.HasField(name)
-    }
+    given: dict[str, Any] = {name: getattr(announced, name) for name in ("loss", "epsilon") if announced.HasField(name)}
     return Update(weights, int(announced.examples), extra=extra, **given)
 
 

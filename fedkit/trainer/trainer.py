@@ -63,6 +63,7 @@ class LocalSite:
     """What a task's own `train` loop sees of its client; see `fedkit.task.Site`."""
 
     client: str
+    round: int
     fit: Fit
     device: torch.device
     state: MutableMapping[str, npt.NDArray[Any]]
@@ -207,7 +208,7 @@ class Trainer:
         noisy: NoisyGradients | None = None,
     ) -> tuple[Update, ClientState]:
         received = {name: vector.copy() for name, vector in parcel.extra.items()}
-        site = LocalSite(at.client, fit, self.device, state, received)
+        site = LocalSite(at.client, at.round, fit, self.device, state, received)
         with as_asked(fit, at.round, self._module):
             loss = self._train(stream, site, parcel, noisy)
         state |= {_LOCAL + name: _array(tensor) for name, tensor in self._binding.read_local().items()}

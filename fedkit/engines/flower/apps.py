@@ -1,14 +1,13 @@
-"""fedkit's tasks and strategies on Flower's engines: a ServerApp that conducts the run, a ClientApp that does the work."""
+"""fedkit's tasks and strategies on Flower's engines: a ServerApp conducts the run, a ClientApp does the work."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 
 from fedkit import rng
 from fedkit.config import Evaluation, Privacy
-from fedkit.engines.flower.library import flower, require_ray
+from fedkit.engines.flower.library import flower, quiet, require_ray
 from fedkit.engines.flower.node import Node
 from fedkit.engines.flower.transport import ATTEND, GridTransport
 from fedkit.errors import ConfigError, FedkitError, IncompatibleStrategy, RunError
@@ -48,10 +47,10 @@ def apps(
 ) -> tuple[Any, Any]:
     """(ServerApp, ClientApp) that train `task` with `strategy`, for Flower's SuperLink and SuperNodes.
 
-    A node is the client that its configuration names: `--node-config 'client="va"'`, or `partition-id=N` for the Nth of
-    `clients` in the order of the alphabet. A round begins when all of them are there. `on_result` gets the result in the
-    process of the ServerApp; the rest is as in `fedkit.simulate`. A site's policy, ledger and budget are those of fedkit's
-    own agent: on a SuperNode there are none.
+    A node is the client that its configuration names: `--node-config 'client="va"'`, or `partition-id=N` for number N
+    (from 0) of `clients` in the order of the alphabet. A round begins when all of them are there. `on_result` gets the
+    result in the process of the ServerApp; the rest is as in `fedkit.simulate`. Policy, ledger and budget belong to
+    fedkit's own agent: a SuperNode has none, and does what it is asked.
 
     Raises `ConfigError`, `TaskError`, `IncompatibleStrategy` at once for what cannot be run so.
     """
@@ -141,7 +140,7 @@ class _Server:
         self._ended = threading.Event() if engine == "simulation" else None
 
     def app(self) -> Any:
-        """The ServerApp. In simulation an error of fedkit's own is kept in `error`, so that the engine ends in order."""
+        """The ServerApp. In simulation it keeps fedkit's own errors in `error`: the engine ends in order."""
         app = flower("serverapp").ServerApp()
 
         def main(grid: Any, context: Any) -> None:  # noqa: ARG001
@@ -162,7 +161,7 @@ class _Server:
         about = {"num_supernodes": len(self._clients), "backend_config": backend}
         simulation = flower("simulation")
         try:
-            with _quiet():
+            with quiet(logging.ERROR):  # whose warning is that `flwr run` is to come in its place
                 simulation.run_simulation(self.app(), client_app, **about)
         except RuntimeError as error:
             raise self.error or RunError(f"Flower's simulation engine has failed: {error}") from error
@@ -171,7 +170,7 @@ class _Server:
 
     def _conduct(self, grid: Any) -> None:
         plan = self._plan
-        about = {"task": plan.task.name, "strategy": type(plan.strategy).__name__}
+        about: dict[str, Any] = {"task": plan.task.name, "strategy": type(plan.strategy).__name__}
         about |= {"holds_out_valid": plan.holds_out_valid, "engine_ended": self._ended}
         transport = GridTransport(grid, self._clients, **about)
         try:
@@ -185,15 +184,3 @@ class _Server:
         plan = self._plan
         about: Any = {"name": plan.name, "privacy": plan.privacy, "evaluate": plan.evaluate, "engine": self._engine}
         return Result(plan.task, trained(plan.strategy, outcome), plan.seed, self._clients, outcome, **about)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Flower's log keeps to errors, and is as it was afterwards."""
-    log = logging.getLogger("flwr")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

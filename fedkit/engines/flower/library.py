@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from fedkit.errors import ConfigError
 
-__all__ = ["flower", "identify", "require_ray"]
+__all__ = ["flower", "identify", "quiet", "require_ray"]
 
 # Both report their use over the network unless they are told not to, which nobody expects of a hospital's machine.
 _SILENT = {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -43,3 +46,15 @@ def identify() -> None:
             getattr(identity, name)
         except RuntimeError:
             setattr(identity, name, 1)
+
+
+@contextlib.contextmanager
+def quiet(level: int = logging.WARNING) -> Iterator[None]:
+    """Flower's log, which tells a person of each step, keeps to `level`, and is as it was afterwards."""
+    log = logging.getLogger("flwr")
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

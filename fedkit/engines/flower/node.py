@@ -1,7 +1,7 @@
 """A client's side on Flower: what a ClientApp does with a message.
 
-Flower may do each message in another process, so all that a client keeps between two of them lies in the `Context.state`
-that Flower keeps for it: on its simulation engine in memory, on a SuperNode with the SuperNode.
+Flower may do each message in another process, so all that a client keeps between two of them lies in the
+`Context.state` that Flower keeps for it, in simulation and on a SuperNode alike.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class GridTransport:
     """Implements `fedkit.rounds.assignment.Transport` over a `flwr.serverapp.Grid`.
 
     A client is a node that says so. It is asked one thing at a time, since Flower would give two messages at once the
-    same state; whoever is asked while it still works on something that nobody waits for any more, waits for that first.
-    With `engine_ended`, the engine is Flower's simulation: a node that cannot say who it is ends the run, since no other
+    same state; what is asked of one that still works on something nobody waits for any more comes after that. With
+    `engine_ended`, the engine is Flower's simulation: a node that cannot say who it is ends the run, since no other
     will come, and so does the event. Without, nodes may come later.
     """
 
@@ -161,12 +161,14 @@ class GridTransport:
     async def _look(self) -> None:
         """Takes in replies for as long as somebody waits for one."""
         while self._waiting:
-            keys = list(self._waiting)
-            for reply in await self._on_line(lambda keys=keys: list(self._grid.pull_messages(keys))):
+            for reply in await self._on_line(self._replies):
                 waiting = self._waiting.pop(reply.metadata.reply_to_message_id, None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(reply)
             await self._pause(_PAUSE_S)
+
+    def _replies(self) -> list[Any]:
+        return list(self._grid.pull_messages(list(self._waiting)))
 
     def _looked(self, task: asyncio.Task[None]) -> None:
         """Where the grid itself has failed, everybody who waits learns of it."""
@@ -185,6 +187,7 @@ class GridTransport:
         self, scheme: Scheme, fingerprint: bytes, values: int, uploads: Mapping[str, Weights]
     ) -> tuple[Words, dict[str, str]]:
         """Never: what would be added up so is refused at submission."""
+        del scheme, fingerprint, values, uploads
         raise ConfigError("there are no encrypted sums on Flower's engines")
 
     async def aside(self, phase: Literal["fold", "commit"], work: Callable[[], T]) -> T:  # noqa: ARG002
