@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import secrets
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,8 @@ class _Server:
         about = {"num_supernodes": len(self._clients), "backend_config": backend}
         simulation = flower("simulation")
         try:
-            with quiet(logging.ERROR):  # whose warning is that `flwr run` is to come in its place
+            with quiet(logging.ERROR), warnings.catch_warnings():  # Flower's: `flwr run` is to come in its place
+                warnings.filterwarnings("ignore", "Tip: In future versions of Ray", FutureWarning)
                 simulation.run_simulation(self.app(), client_app, **about)
         except RuntimeError as error:
             raise self.error or RunError(f"Flower's simulation engine has failed: {error}") from error
