@@ -2,7 +2,7 @@
 # make test   everything CI holds: format, lint, types, layers, tests with coverage
 # make sbom   what a deployment consists of, as CycloneDX JSON (make test writes it too)
 # make docs   the pages of docs/ as a site in out/docs, complete in itself
-# make extras what needs other people's heavy libraries: trackers, a model server, a browser, the site
+# make extras what needs other people's heavy libraries: Flower, trackers, a model server, a browser, the site
 # make faults kill, cut, misuse and flood a running federation, and count what was lost
 PYTHON ?= python3
 VENV := .venv
@@ -37,7 +37,7 @@ test: check sbom
 $(VENV)-extras/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-extras
 	$(VENV)-extras/bin/pip install --quiet torch==2.13.0
-	$(VENV)-extras/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,browser,docs,mlflow,tensorboard]'
+	$(VENV)-extras/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,browser,docs,flower,mlflow,tensorboard]'
 	@touch $@
 
 # The model server pins what others want newer; it needs no fedkit.
