@@ -35,7 +35,8 @@ from fedkit.testing import Crash, Fuse, InMemoryFederation, toy_task
 from tests.extras.flowered import CLIENTS, TOY, Trimmed, Yogi, app_task, flowered, older_task, plain_task
 from tests.extras.grids import DirectGrid
 
-pytestmark = [  # Ray leaves files and processes of its own to the garbage collector, which may find them in any test here
+# Ray leaves files and processes of its own to the garbage collector, which may find them in any test here.
+pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -458,7 +459,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("task", [app_task, older_task], ids=["ClientApp", "client_fn"])
-@pytest.mark.parametrize("strategy", [Trimmed(rounds=2, local=DESCENT), Yogi(rounds=2, local=DESCENT)], ids=["Trimmed", "Yogi"])
+@pytest.mark.parametrize(
+    "strategy", [Trimmed(rounds=2, local=DESCENT), Yogi(rounds=2, local=DESCENT)], ids=["trimmed mean", "FedYogi"]
+)
 def test_flowers_clients_and_strategies_run_on_a_coordinator_with_the_bits_of_simulation(
     federation: Loopback, task: fedkit.Task, strategy: fedkit.Strategy
 ) -> None:

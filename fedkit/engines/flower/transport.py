@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import logging
 import threading
@@ -120,11 +121,10 @@ class GridTransport:
         busy = self._busy[assignment.client]
         await busy.acquire()
         told = copy.deepcopy(self._news[assignment.client])
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(busy.release)
             reply = await self._sent(self._message(assignment, parcel, told))
-        except BaseException:
-            busy.release()
-            raise
+            on_failure.pop_all()
         reply.add_done_callback(lambda _: busy.release())
         found = await asyncio.shield(reply)
         if not found.has_error():
