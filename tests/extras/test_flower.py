@@ -244,9 +244,17 @@ def test_a_message_that_is_not_fedkits_is_refused_by_the_client_app() -> None:
     context = Context(run_id=1, node_id=2, node_config={"client": "bea"}, state=RecordDict(), run_config={})
     with pytest.raises(fedkit.errors.PayloadError, match="is it another app's"):
         app(Message(RecordDict(), 2, "train"), context)
+
+
+def test_a_state_that_is_not_fedkits_is_named_before_any_work_is_done() -> None:
+    seen: list[Message] = []
+    Federated(toy_task(), FedAvg(rounds=1, local=FIT), fault=lambda node, message: seen.append(message))
+    _, app = flower.apps(toy_task(), FedAvg(), clients=CLIENTS, on_result=print)
+    context = Context(run_id=1, node_id=1, node_config={"client": "ada"}, state=RecordDict(), run_config={})
     context.state["fedkit"] = ConfigRecord({"fedkit": b"FEDPACK1 and what else"})
-    grid = Federated(toy_task(), FedAvg(rounds=1, local=FIT), fault=None).grid
-    assert {kind for _, kind in grid.asked} == {"query.attend", "train", "evaluate"}
+    [message] = [one for one in seen if one.metadata.message_type == "train" and one.metadata.dst_node_id == 1]
+    with pytest.raises(fedkit.errors.ConfigError, match="state is none of fedkit's"):
+        app(message, context)
 
 
 def test_a_node_of_an_unknown_name_and_a_second_one_of_the_same_take_no_part(caplog: Any) -> None:
