@@ -30,11 +30,17 @@ class Page:
     """The page in one file; it keeps the sections that a run does not measure."""
 
     path: Path
+    titles: tuple[str, ...]  # of all sections there may be, in order
 
     def put(self, title: str, figures: list[Figure]) -> None:
         """Writes or replaces one section, under its title."""
-        sections = {**self._sections(), title: _section(figures)}
-        self.path.write_text("\n".join([_HEAD, *(f"## {name}\n\n{text}\n" for name, text in sections.items())]))
+        self._write({**self._sections(), title: _section(figures)})
+
+    def _write(self, sections: dict[str, str]) -> None:
+        missing = "; ".join(title for title in self.titles if title not in sections)
+        head = f"{_HEAD}\nNo run has measured for this page yet: {missing}.\n" if missing else _HEAD
+        there = [f"## {title}\n\n{sections[title]}\n" for title in self.titles if title in sections]
+        self.path.write_text("\n".join([head, *there]))
 
     def _sections(self) -> dict[str, str]:
         parts = re.split(r"(?m)^## ", self.path.read_text())[1:] if self.path.exists() else []

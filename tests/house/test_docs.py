@@ -163,3 +163,22 @@ def test_every_public_name_has_a_place_in_the_reference() -> None:
     assert {f"fedkit.{name}" for name in set(fedkit.__all__) - errors} - there == set()
     assert {f"fedkit.strategies.{name}" for name in fedkit.strategies.__all__} - there == set()
     assert fedkit.errors.__name__ in there
+
+
+def test_the_page_of_figures_keeps_what_a_run_leaves_out_and_says_where_its_numbers_are_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.page import Page
+    from bench.table import Figure
+
+    page = Page(tmp_path / "figures.md", ("Speed", "Size", "Other"))
+    page.put("Size", [Figure("bytes", 12.0, "<= 10", "a | b")])
+    page.put("Speed", [Figure("seconds", 1.0, "")])
+    page.put("Speed", [Figure("seconds", 2.0, "")])
+    text = page.path.read_text()
+    assert "measured for this page yet: Other." in text
+    assert text.index("## Speed\n\nCommit `") < text.index("## Size\n\nCommit `")
+    assert "| seconds | 2 |  |  |  |" in text
+    assert "| seconds | 1 |" not in text
+    assert "| bytes | 12 | <= 10 | **missed** | a \\| b |" in text
