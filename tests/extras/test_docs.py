@@ -77,19 +77,20 @@ def test_the_notebook_gives_what_it_shows(tmp_path: Path) -> None:
     for before, after in zip(shown.cells, made.cells, strict=True):
         if before.cell_type == "code":
             assert kinds(before) == kinds(after)
-            assert_alike(printed(before), printed(after))
+            assert_alike(printed(before), printed(after), within=0.3 if "privacy=" in before.source else 0.02)
 
 
 def kinds(cell: object) -> list[str]:
-    return [output.output_type for output in cell.outputs]
+    """What a cell gives besides text; libraries may say something on standard error."""
+    return [one.output_type for one in cell.outputs if one.output_type != "stream"]
 
 
 def printed(cell: object) -> str:
-    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    return "".join(one.text for one in cell.outputs if one.get("name") == "stdout")
 
 
-def assert_alike(shown: str, found: str) -> None:
-    """The same words; numbers as far apart as private noise and another processor's rounding make them."""
+def assert_alike(shown: str, found: str, *, within: float) -> None:
+    """The same words; numbers as far apart as another processor's rounding makes them, or noise that no seed knows."""
     assert NUMBER.sub("#", shown) == NUMBER.sub("#", found)
     pairs = zip(NUMBER.findall(shown), NUMBER.findall(found), strict=True)
-    assert all(abs(float(a) - float(b)) <= 0.1 for a, b in pairs), found
+    assert all(abs(float(a) - float(b)) <= within for a, b in pairs), found

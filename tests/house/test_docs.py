@@ -26,7 +26,7 @@ PAGES += sorted((ROOT / "examples").rglob("README.md"))
 BLOCK = re.compile(r"(?ms)^```(\w*)\n(.*?)^```$")
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\((?![a-z]+:)([^)\s#]*)(?:#([^)\s]+))?\)")
-NOT_FEDKIT = {"--find-links", "--no-index", "--require-hashes"}  # of pip
+NOT_FEDKIT = {"--find-links", "--no-index", "--require-hashes", "--node-config"}  # of pip, and of flower-supernode
 SHELL = {"", "sh", "bash", "text"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
