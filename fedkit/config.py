@@ -13,7 +13,18 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, dataclass_transform, get_args, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeAlias,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_type_hints,
+)
 
 import pydantic
 import pydantic.dataclasses
@@ -25,6 +36,7 @@ __all__ = [
     "DP",
     "NAME",
     "Criterion",
+    "Engine",
     "Evaluation",
     "Fraction",
     "Name",
@@ -48,6 +60,7 @@ PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Engine: TypeAlias = Literal["simulation", "federation"]  # where a run's clients were: simulated, or sites of their own
 Criterion = Annotated[str, Field(pattern=r"^[^:]+:(max|min)$")]  # a metric and which way is better: "auroc:max"
 
 T = TypeVar("T")

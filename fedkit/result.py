@@ -7,15 +7,15 @@ import dataclasses
 import functools
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fedkit import codec
-from fedkit.config import Evaluation, Privacy, parse
+from fedkit import codec, saved
+from fedkit.config import Engine, Evaluation, Privacy, parse
 from fedkit.deploy.settings import Export, Quantize
 from fedkit.errors import ConfigError, Reason, RefusalWarning
 from fedkit.exam import Questions
@@ -74,7 +74,7 @@ class Result:
     name: str = ""
     privacy: Privacy = Privacy()
     evaluate: Evaluation | None = None
-    engine: Literal["simulation", "federation"] = "simulation"
+    engine: Engine = "simulation"
     ask: Asked | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -230,44 +230,23 @@ def subject(result: Result, *, best: bool = False) -> Subject:
     )
 
 
-def load(folder: Path, task: Task, ask: Callable[[Sequence[str], int], Asked | None]) -> Result:
-    """What `Result.save` wrote; `ask`, given clients and seed, makes what asks them again.
+def load(folder: Path, task: Task, ask: Asked | None = None) -> Result:
+    """What `Result.save` wrote; `ask` asks its clients again. The strategy has its settings, and no state.
 
-    Raises `ConfigError` where the folder holds no run, or one of another task. The strategy has its settings, and no
-    state.
+    Raises `ConfigError` where the folder holds no run, or one of another task, `PayloadError` for a damaged model.
     """
-    facts = folder / "run.json"
-    for path in (facts, folder / "model.fedkit"):
-        if not path.is_file():
-            raise ConfigError(f"{path} is not there: RUN must be a folder that fedkit simulate or run --out wrote")
-    try:
-        saved = json.loads(facts.read_text())
-        return _loaded(folder, saved, task, ask(saved["clients"], saved["seed"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{facts}: not what fedkit writes there: {error}") from None
-
-
-def _loaded(folder: Path, saved: dict[str, Any], task: Task, ask: Asked | None) -> Result:
-    if saved["task"] != task.name:
-        raise ConfigError(f"{folder} holds a run of {saved['task']}, not of {task.name}")
-    history, abandoned = (list(map(_record, saved[part])) for part in ("history", "abandoned"))
-    found, best = saved["best"], None
-    if found is not None:
-        best = Best(found["round"], codec.load(folder / "best.fedkit"), found["metrics"], found["test"])
-    weights, refusals = codec.load(folder / "model.fedkit"), tuple(map(_refusal, saved["refusals"]))
-    outcome = Outcome(weights, history, abandoned, saved["test"], saved["test_per_client"], best, refusals)
-    settings = dict(saved["strategy"])
+    found = saved.read(folder)
+    if found.task != task.name:
+        raise ConfigError(f"{folder} holds a run of {found.task}, not of {task.name}")
+    if not (folder / "model.fedkit").is_file():
+        raise ConfigError(f"{folder / 'model.fedkit'} is not there: it was written with run.json, and belongs to it")
+    best = None
+    if found.best is not None:
+        best = Best(found.best.round, codec.load(folder / "best.fedkit"), found.best.metrics, found.best.test)
+    rounds = list(found.history), list(found.abandoned)
+    tests = found.test, found.test_per_client
+    outcome = Outcome(codec.load(folder / "model.fedkit"), *rounds, *tests, best, found.refusals)
+    settings = dict(found.strategy)
     strategy = parse(find_strategy(settings.pop("name")), settings, where="strategy")
-    privacy, rule = parse(Privacy, saved["privacy"], where="privacy"), saved["evaluate"]
-    evaluate = None if rule is None else parse(Evaluation, rule, where="evaluate")
-    about: Any = {"name": saved["name"], "privacy": privacy, "evaluate": evaluate, "engine": saved["engine"]}
-    return Result(task, strategy, saved["seed"], tuple(saved["clients"]), outcome, **about, ask=ask)
-
-
-def _record(fields: dict[str, Any]) -> RoundRecord:
-    tuples = {name: tuple(fields[name]) for name in ("clients", "scored")}
-    return RoundRecord(**(fields | tuples | {"refusals": tuple(map(_refusal, fields["refusals"]))}))
-
-
-def _refusal(fields: dict[str, Any]) -> Refusal:
-    return Refusal(fields["client"], Reason(fields["reason"]), fields["detail"])
+    about: Any = {"name": found.name, "privacy": found.privacy or Privacy(), "evaluate": found.evaluate}
+    return Result(task, strategy, found.seed, found.clients, outcome, **about, engine=found.engine, ask=ask)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from fedkit import saved
 from fedkit.cli import show
 from fedkit.config import NAME
 from fedkit.deploy.settings import Export
@@ -62,22 +61,13 @@ def bundled(result: Result, out: Path, wish: Wish, as_json: bool) -> Handed:
 
 
 def _saved(folder: Path, task: str | None, peer: Peer) -> Result:
-    try:
-        saved = json.loads((folder / "run.json").read_text())
-        name, engine = saved["task"], saved["engine"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"{folder}: RUN must be a run's name, or a folder that fedkit simulate --out or fedkit run --out wrote"
-        ) from None
-    chosen = choose_task(task, name)
-
-    def ask(clients: Sequence[str], seed: int) -> Asked | None:
-        if engine == "simulation":
-            return asking(chosen, clients, seed)
-        if peer[0] is None:
-            return None
-        return asking_coordinator(peer[0], peer[1] and Identity.load(peer[1]), chosen, seed)
-
+    found = saved.read(folder)
+    chosen = choose_task(task, found.task)
+    ask: Asked | None = None
+    if found.engine == "simulation":
+        ask = asking(chosen, found.clients, found.seed)
+    elif peer[0] is not None:
+        ask = asking_coordinator(peer[0], peer[1] and Identity.load(peer[1]), chosen, found.seed)
     return load(folder, chosen, ask)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
-from fedkit.config import Name, Settings, parse
+from fedkit.config import Engine, Name, Settings, parse
 from fedkit.errors import PayloadError
 from fedkit.exam import Variant
 
@@ -46,7 +46,7 @@ class RunFacts(Settings):
 
     name: Name
     seed: int
-    engine: Literal["simulation", "federation"]
+    engine: Engine
     rounds: int
     round: int
     best: bool = False

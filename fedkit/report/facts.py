@@ -4,54 +4,28 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedkit.config import Evaluation, Privacy, Settings, parse
-from fedkit.deploy.folders import read_file
+from fedkit import saved
 from fedkit.deploy.passport import Passport
 from fedkit.deploy.verify import Examination
 from fedkit.errors import ConfigError, FedkitError
-from fedkit.rounds.call import Refusal
 from fedkit.rounds.journal import RoundRecord
+from fedkit.saved import SavedRun
 from fedkit.status import ENDED, RunState, RunStatus
 
-__all__ = ["BestRound", "Facts", "Handed", "handed", "of_status", "read"]
-
-_BYTES = 1 << 30  # of run.json
+__all__ = ["Facts", "Handed", "handed", "of_status", "read"]
 
 
-class BestRound(Settings):
-    """The best round: its scores on validation data, and on test data where those were asked for."""
-
-    round: int
-    metrics: dict[str, float]
-    test: dict[str, float]
-
-
-class Facts(Settings):
-    """A run as `fedkit.Result.to_dict` has it; `privacy` is None where nobody has said yet what protects it.
+class Facts(SavedRun):
+    """A run as it was saved, or as it stands now; `privacy` is None where nobody has said yet what protects it.
 
     `state`, `detail` and `rounds`, how many are planned (None: not known), are for a run that may not be over.
     """
 
-    name: str
-    task: str
-    engine: str
-    privacy: Privacy | None
-    evaluate: Evaluation | None
-    strategy: dict[str, Any]
-    seed: int
-    clients: tuple[str, ...]
-    history: tuple[RoundRecord, ...]
-    abandoned: tuple[RoundRecord, ...]
-    test: dict[str, float]
-    test_per_client: dict[str, dict[str, float]]
-    refusals: tuple[Refusal, ...]
-    best: BestRound | None
     state: RunState = "finished"
     detail: str = ""
     rounds: int | None = None
@@ -85,17 +59,8 @@ class Handed:
 
 
 def read(folder: Path) -> Facts:
-    """A run that `fedkit.Result.save` wrote; raises `ConfigError` where the folder holds none, `PayloadError`."""
-    path = folder / "run.json"
-    if not path.is_file():
-        raise ConfigError(f"{path} is not there: RUN must be a folder that fedkit simulate or run --out wrote")
-    try:
-        values = json.loads(read_file(path, _BYTES))
-        if not isinstance(values, dict):
-            raise ValueError("no JSON object")
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not what fedkit writes there: {error}") from None
-    return parse(Facts, values, where=str(path))
+    """A run that `fedkit.Result.save` wrote; raises what `fedkit.saved.read` raises."""
+    return Facts(**vars(saved.read(folder)))
 
 
 def of_status(status: RunStatus, history: Sequence[RoundRecord], **known: Any) -> Facts:

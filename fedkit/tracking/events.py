@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from fedkit.config import Evaluation, Privacy
+from fedkit.config import Engine, Evaluation, Privacy
 from fedkit.deploy.acceptance import cost
 from fedkit.deploy.passport import Passport
 from fedkit.errors import TaskError
@@ -28,7 +28,6 @@ __all__ = [
     "About",
     "Begun",
     "Ended",
-    "Engine",
     "Event",
     "Scored",
     "Shipped",
@@ -39,7 +38,6 @@ __all__ = [
     "story",
 ]
 
-Engine: TypeAlias = Literal["simulation", "federation"]
 Scalar: TypeAlias = str | int | float | bool
 Scores: TypeAlias = Mapping[str, float]
 

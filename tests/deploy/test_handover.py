@@ -194,7 +194,7 @@ def test_a_saved_run_is_handed_over_as_it_would_have_been_at_once(
     result: Result, handed: tuple[Passport, Path], tmp_path: Path
 ) -> None:
     result.save(tmp_path / "run")
-    again = load(tmp_path / "run", task, lambda clients, seed: asking(task, clients, seed))
+    again = load(tmp_path / "run", task, asking(task, CLIENTS, 1))
     two = again.export(tmp_path / "two", settings=Export(quantize="int8", limits=ANY_SPEED))
     names = ("model.onnx", "model.int8.onnx")
     stripped = [[_without_facts(folder / name) for name in names] for folder in (handed[1], two.folder)]
@@ -202,7 +202,7 @@ def test_a_saved_run_is_handed_over_as_it_would_have_been_at_once(
     same = {"created": "", "gate": [], "files": {}, "examined": None}
     assert handed[0].replace(**same) == two.passport.replace(**same)
     with pytest.raises(ConfigError, match="holds a run of scaled"):
-        load(tmp_path / "run", toy_task(), lambda clients, seed: None)
+        load(tmp_path / "run", toy_task())
 
 
 def _without_facts(path: Path) -> bytes:

@@ -6,9 +6,10 @@ from typing import Any
 
 from fedkit.config import DP, Evaluation, Privacy
 from fedkit.errors import Reason
-from fedkit.report.facts import BestRound, Facts
+from fedkit.report.facts import Facts
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.journal import RoundRecord
+from fedkit.saved import BestRound
 
 CLIENTS = ("ada", "bea", "cyd")
 

@@ -340,7 +340,8 @@ def test_a_folder_without_a_run_says_what_it_should_be(tmp_path: Path, content: 
 
 
 def _saved(run: Facts) -> dict[str, Any]:
-    return json.loads(json.dumps(run.to_dict()))
+    of_now = ("state", "detail", "rounds")  # of a run that may not be over: not saved
+    return {name: value for name, value in json.loads(json.dumps(run.to_dict())).items() if name not in of_now}
 
 
 def test_a_run_file_with_a_field_of_another_kind_is_refused(tmp_path: Path) -> None:
