@@ -516,7 +516,7 @@ class _Absence:
 
 def _made_up(task: str, strategy: str, seed: int) -> str:
     parts = re.sub(r"[^a-z0-9_.-]+", "-", f"{task}-{strategy}-{seed}".lower()).lstrip("_.-")
-    return f"{parts[:95]}-{secrets.token_hex(2)}"
+    return f"{parts[:91]}-{secrets.token_hex(4)}"
 
 
 def _described(strategy: Strategy) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_a_setting_that_json_cannot_say_is_refused() -> None:
 def test_a_name_that_is_made_up_is_one_a_run_may_have(task: str) -> None:
     assert NAME.fullmatch(_made_up(task, "FedAvg", 3))
     assert _made_up(task, "FedAvg", 3) != _made_up(task, "FedAvg", 3)
-    assert re.fullmatch("heart-fedavg-3-[0-9a-f]{4}", _made_up("heart", "FedAvg", 3))
+    assert re.fullmatch("heart-fedavg-3-[0-9a-f]{8}", _made_up("heart", "FedAvg", 3))
 
 
 @given(
