@@ -47,6 +47,7 @@ __all__ = [
     "Privacy",
     "Settings",
     "explain",
+    "metric_of",
     "parse",
     "read_toml",
     "require_name",
@@ -182,6 +183,11 @@ def _nested(cls: type, part: str) -> list[type]:
     return [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 
 
+def metric_of(criterion: str) -> str:
+    """The metric of a criterion: "auroc" of "auroc:max"."""
+    return criterion.rpartition(":")[0]
+
+
 def worsening(criterion: str, before: float, after: float) -> float:
     """By how much a score is worse than the one before under a criterion such as "auroc:max"; below 0 it is better."""
     return before - after if criterion.endswith(":max") else after - before
@@ -311,7 +317,7 @@ class Evaluation(Settings):
     @property
     def metric(self) -> str | None:
         """The name of the metric that decides, or None."""
-        return self.best.rpartition(":")[0] if self.best else None
+        return metric_of(self.best) if self.best else None
 
     @property
     def direction(self) -> Literal["max", "min"]:

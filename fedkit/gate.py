@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from fedkit.config import Criterion, NotNegative, PositiveFloat, Settings, worsening
+from fedkit.config import Criterion, NotNegative, PositiveFloat, Settings, metric_of, worsening
 from fedkit.errors import Reason, Refused
 from fedkit.weights import Vector, Weights
 
@@ -51,7 +51,7 @@ class Gate(Settings):
     @property
     def scored(self) -> str:
         """The name of the metric that is looked at."""
-        return self.metric.rpartition(":")[0]
+        return metric_of(self.metric)
 
     def base(self, model: Weights, sent: Mapping[str, Vector], answered: Mapping[str, Vector]) -> Weights:
         """What the client trained from: `model`, or the one before where it did not accept that; raises `Refused`."""

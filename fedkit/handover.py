@@ -36,16 +36,17 @@ from fedkit.deploy.passport import (
     TaskFacts,
     TensorFacts,
 )
-from fedkit.deploy.probe import Probe, drawn
+from fedkit.deploy.probe import MOST_SHOWN, Probe, drawn
 from fedkit.deploy.quantize import build
 from fedkit.deploy.settings import Export, Method
 from fedkit.deploy.signer import pseudonyms, signing_key
 from fedkit.deploy.verify import looks_like_a_bundle
 from fedkit.errors import ConfigError, ExportError, TaskError
-from fedkit.exam import VARIANTS, Questions, Variant
+from fedkit.exam import Questions, Variant
 from fedkit.rounds.journal import RoundRecord
 from fedkit.rounds.shield import EVERY_CLIENT
 from fedkit.source import source_of
+from fedkit.status import Say, unsaid
 from fedkit.strategies import HandOver
 from fedkit.task import Task
 from fedkit.trust.signing import public_of
@@ -58,13 +59,8 @@ Asked: TypeAlias = Callable[[HandOver, Weights, Privacy], HandOver]  # runs it o
 _LIBRARIES = ("fedkit", "torch", "onnx", "onnxruntime", "onnxscript")
 _LEAST_BOUND = 1e-3
 _PROBE_ROWS = 4
-_MOST_INPUTS = 20_000  # numbers that a probe writes down
 _REACH = 16.0  # public bounds of activations, in units of what normal inputs reach
 _NOT_ASKED = "no client has scored it"
-
-
-def _unsaid(_: str) -> None:
-    """Nobody looks on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +96,7 @@ def hand_over(
     *,
     questions: Questions = Questions(),
     key: Path | None = None,
-    say: Callable[[str], object] = _unsaid,
+    say: Say = unsaid,
 ) -> Handed:
     """Writes the bundle of a finished run to `folder`, whole or not at all.
 
@@ -132,24 +128,20 @@ class _Work:
         _require_whole(self._task, self._module)
         self._gate: list[Measured] = []
         self.found: HandOver | None = None
-        dp = subject.privacy.dp
-        self._dp = dp if dp is not None and dp.level == "example" else None
-        if export.epsilon is not None and self._dp is None:
-            raise ConfigError("epsilon is for runs with differential privacy of rows: ranges are exact in this one")
-        whose: Method = "noise" if dp is not None and export.epsilon is None else "mean"
-        self._method: Method = export.calibration or whose
-        if dp is not None and export.epsilon is None and self._method != "noise":
-            text = (
+        self._price = _price(subject.privacy.dp, export)
+        is_private = subject.privacy.dp is not None and self._price is None
+        self._method: Method = export.calibration or ("noise" if is_private else "mean")
+        if is_private and self._method != "noise":
+            raise ConfigError(
                 "the run is differentially private: give epsilon for what the ranges may cost, or calibration 'noise'"
             )
-            raise ConfigError(text)
 
     def convert(self) -> None:
         """The model as ONNX, and what its variants cost."""
         self._converted, self._difference = checked(self._module, self._task)
         about = (self._converted, self._module, self._task)
-        self._gate = measured(*about, self._export.variants, self._export.limits)
         self._noise = noise_ranges(*about)
+        self._gate = measured(*about, self._noise, self._export.variants, self._export.limits)
 
     @property
     def asks(self) -> bool:
@@ -161,29 +153,25 @@ class _Work:
         """What the clients are asked."""
         able = [one for one in self._gate if one.passed and one.variant != "fp32"]
         wanted = sorted(able, key=lambda one: math.prod(one.cpu_ratio.values()))
-        method: Any = "mean" if self._method == "noise" else self._method
         return HandOver(
             graph=self._converted.graph,
             bounds=np.maximum(_REACH * np.abs(self._noise).max(axis=1), _LEAST_BOUND).tolist(),
             variants=tuple(one.variant for one in wanted),
-            method=method,
+            method="mean" if self._method == "noise" else self._method,
             rows=self._export.rows,
-            per_row=self._export.epsilon is not None,
+            per_row=self._price is not None,
             given=[(low, high) for low, high in self._noise.tolist()] if self._method == "noise" else None,
             criterion=self._criterion,
             max_drop=self._export.limits.drop,
             least_agreement=self._export.limits.agreement,
             exam=self._questions,
-            participation=Participation(attempts=1 if self._export.epsilon is not None else 3),  # each costs epsilon
+            participation=Participation(attempts=3 if self._price is None else 1),  # each costs epsilon
         )
 
     def privacy(self) -> Privacy:
         """How the clients' answers are protected: added up as the run's were, and noised where that was asked for."""
-        dp = None
-        if self._export.epsilon is not None and self._dp is not None:
-            dp = DP(epsilon=self._export.epsilon, delta=self._dp.delta)
         how = self._subject.privacy.aggregation
-        return Privacy(dp=dp, aggregation=how if how in ("masked", "bfv") else None)
+        return Privacy(dp=self._price, aggregation=how if how in ("masked", "bfv") else None)
 
     @property
     def _criterion(self) -> str:
@@ -192,7 +180,7 @@ class _Work:
 
     @property
     def _shipped(self) -> Variant:
-        return "fp32" if self.found is None else next(one for one in VARIANTS if one == self.found.chosen)
+        return "fp32" if self.found is None else self.found.chosen
 
     @functools.cached_property
     def models(self) -> dict[str, bytes]:
@@ -237,13 +225,11 @@ class _Work:
         clients = 0 if self.found is None else self.found.calibrated
         if not clients and self._shipped != "int8":
             return None
-        is_noised = self._export.epsilon is not None
-        rows = 0 if self._method == "noise" else None if is_noised else self._export.rows
-        method: Any = "rows" if is_noised else self._method
-        cost = (
-            (None, None) if self._dp is None or self._export.epsilon is None else (self._export.epsilon, self._dp.delta)
-        )
-        return Calibrated(method=method, clients=clients, rows=rows, epsilon=cost[0], delta=cost[1])
+        if self._price is not None:
+            cost = {"epsilon": self._price.epsilon, "delta": self._price.delta}
+            return Calibrated(method="rows", clients=clients, rows=None, **cost)
+        rows = 0 if self._method == "noise" else self._export.rows
+        return Calibrated(method=self._method, clients=clients, rows=rows, epsilon=None, delta=None)
 
     def _examined(self) -> Examined | None:
         found = {} if self.found is None else self.found.examined
@@ -264,7 +250,7 @@ class _Work:
     def probe(self, facts: TaskFacts) -> Probe:
         """A few made-up rows, and what PyTorch gives for them."""
         feed = inputs(self._task, _PROBE_ROWS, self._module)
-        if sum(array.size for array in feed.values()) > _MOST_INPUTS:
+        if sum(array.size for array in feed.values()) > MOST_SHOWN:
             feed = drawn(facts, rows=_PROBE_ROWS)
         with torch.inference_mode():
             outputs = as_outputs(self._module(*(torch.from_numpy(array) for array in feed.values())))
@@ -279,6 +265,15 @@ class _Work:
             if record.loss is not None:
                 found.setdefault("training loss", {})[record.round] = _number(record.loss)
         return found
+
+
+def _price(dp: DP | None, export: Export) -> DP | None:
+    """What noised ranges cost each row, on top of a run with `dp`; None where nothing is noised."""
+    if export.epsilon is None:
+        return None
+    if dp is None or dp.level != "example":
+        raise ConfigError("epsilon is for runs with differential privacy of rows: ranges are exact in this one")
+    return DP(epsilon=export.epsilon, delta=dp.delta)
 
 
 def _require_whole(task: Task, module: nn.Module) -> None:

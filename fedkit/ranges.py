@@ -15,8 +15,9 @@ from pydantic import Field
 
 from fedkit.config import PositiveFloat, Settings
 
-__all__ = ["RANGES", "SCALE", "Extremes", "Ranges", "noised"]
+__all__ = ["RANGES", "SCALE", "Extremes", "Ranges", "Rows", "noised"]
 
+Rows = Annotated[int, Field(ge=64, strict=True)]  # of each client: fewer would tell of single ones
 Extremes: TypeAlias = npt.NDArray[np.float64]  # (rows, tensors, 2): the least and the largest value
 
 RANGES = "ranges"  # the extra vector of (low, high) pairs that goes with a model to be quantised
@@ -43,7 +44,7 @@ class Ranges(Settings):
     kind: Literal["ranges"] = "ranges"
     graph: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bounds: Annotated[list[PositiveFloat], Field(min_length=1)]
-    rows: Annotated[int, Field(ge=64, strict=True)] = 512
+    rows: Rows = 512
     method: Literal["mean", "clipped"] = "mean"
     per_row: bool = False
 

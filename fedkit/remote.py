@@ -46,7 +46,7 @@ from fedkit.result import Result, opened, trained, warn_of_failures
 from fedkit.rounds.conduct import Outcome
 from fedkit.rounds.journal import RoundRecord
 from fedkit.runfile import RunFile
-from fedkit.status import RunStatus, Status
+from fedkit.status import RunStatus, Say, Status, unsaid
 from fedkit.strategies import HandOver
 from fedkit.strategy import Strategy
 from fedkit.task import Task
@@ -64,7 +64,6 @@ __all__ = ["Coordinator", "asking", "connect"]
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 Init: TypeAlias = Weights | nn.Module | Path | str | None
-Say: TypeAlias = Callable[[str], None]
 
 _ANSWER_S = 60.0  # a short question is answered within
 _FIRST_S = 5.0  # a coordinator that never answered is not waited for longer
@@ -106,10 +105,6 @@ def connect(
         with channel(address, identity, _OPTIONS) as opened:
             identity = renew(opened, identity, folder)
     return Coordinator(address, patience_s, identity)
-
-
-def _unsaid(_: str) -> None:
-    """Nobody looks on."""
 
 
 class Coordinator:
@@ -252,7 +247,7 @@ class Coordinator:
         except NoSuchRun:
             return None
 
-    def watch(self, run: str, after_round: int = 0, *, say: Say = _unsaid) -> Iterator[RoundRecord]:
+    def watch(self, run: str, after_round: int = 0, *, say: Say = unsaid) -> Iterator[RoundRecord]:
         """Every committed round after `after_round`, as it happens, until the run has finished.
 
         `say` is told in a few words what the run waits for, or that the coordinator is away. Raises `RunFailed` or
@@ -351,7 +346,7 @@ class Coordinator:
         found: list[RoundRecord] = []
         if status.round == 0:
             return found
-        with contextlib.closing(self._events(status.name, 0, _unsaid)) as events:
+        with contextlib.closing(self._events(status.name, 0, unsaid)) as events:
             for event in events:
                 if isinstance(event, RoundRecord):
                     found.append(event)
@@ -376,7 +371,7 @@ class Coordinator:
 
     # -- the way there -------------------------------------------------------------------------------------------------
 
-    def _absence(self, run: str = "", say: Say = _unsaid) -> _Absence:
+    def _absence(self, run: str = "", say: Say = unsaid) -> _Absence:
         return _Absence(self._peer, run, say)
 
     def _ask(self, method: str, request: Any) -> Any:

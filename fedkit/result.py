@@ -23,6 +23,7 @@ from fedkit.registry import find_strategy
 from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome
 from fedkit.rounds.journal import RoundRecord
+from fedkit.status import Say, unsaid
 from fedkit.strategy import Strategy
 from fedkit.task import Task
 from fedkit.tracking import About, Shipped, Teller, Track, shipped, story
@@ -31,7 +32,7 @@ from fedkit.weights import Weights
 if TYPE_CHECKING:
     from fedkit.handover import Asked, Handed, Subject
 
-__all__ = ["Result", "load", "opened", "shipment", "subject", "trained", "warn_of_failures"]
+__all__ = ["Result", "load", "opened", "subject", "trained", "warn_of_failures"]
 
 
 def opened(outcome: Outcome, open: Callable[[Weights], Weights]) -> Outcome:
@@ -163,32 +164,34 @@ class Result:
     def export(
         self,
         folder: Path | str,
-        quantize: Quantize = "auto",
+        quantize: Quantize | None = None,
         *,
         best: bool = False,
-        settings: Export | None = None,
+        settings: Export = Export(),
         questions: Questions = Questions(),
         key: Path | None = None,
         track: Track = None,
+        say: Say = unsaid,
     ) -> Handed:
         """Writes the signed bundle of the final model, or of the best round's: ONNX, its passport, a model card.
 
         What is quantised is calibrated, scored and examined by the run's clients. `settings` says more than `quantize`,
-        `questions` what the examination asks (`fedkit.deploy.acceptance`), `key` where the signing key is, `track` who
-        is told of the bundle (`fedkit.tracking`).
+        which goes before what they say; `questions` is what the examination asks (`fedkit.deploy.acceptance`), `key`
+        where the signing key is, `track` who is told of the bundle (`fedkit.tracking`), `say` what is under way.
 
         Raises `ConfigError`, `ModelSealed`, `ExportError` where ONNX Runtime does not give what PyTorch gives.
         """
         from fedkit import handover
 
         tell = Teller(track)
-        chosen = settings or Export(quantize=quantize)
-        handed = handover.hand_over(subject(self, best=best), folder, chosen, questions=questions, key=key)
-        tell(lambda: shipment(self, handed))
+        chosen = settings if quantize is None else settings.replace(quantize=quantize)
+        model = subject(self, best=best)
+        handed = handover.hand_over(model, folder, chosen, questions=questions, key=key, say=say)
+        tell(lambda: _shipment(self, handed))
         return handed
 
 
-def shipment(result: Result, handed: Handed) -> Shipped:
+def _shipment(result: Result, handed: Handed) -> Shipped:
     """What a tracker is told of a result's bundle."""
     what: Any = {"task": result.task, "strategy": result.strategy, "seed": result.seed, "engine": result.engine}
     what |= {"privacy": result.privacy, "evaluate": result.evaluate, "clients": len(result.clients)}

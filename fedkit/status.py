@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from fedkit.rounds.journal import RoundRecord
 
-__all__ = ["ENDED", "ClientState", "ClientStatus", "JobStatus", "RunState", "RunStatus", "Status"]
+__all__ = ["ENDED", "ClientState", "ClientStatus", "JobStatus", "RunState", "RunStatus", "Say", "Status", "unsaid"]
 
+Say: TypeAlias = Callable[[str], object]  # who is told, in a sentence, what is under way
 RunState: TypeAlias = Literal["waiting", "running", "finished", "failed", "cancelled"]
 ClientState: TypeAlias = Literal["ready", "working", "away", "left"]
 
 ENDED: frozenset[str] = frozenset({"finished", "failed", "cancelled"})
+
+
+def unsaid(_: str) -> None:
+    """Nobody looks on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from fedkit.config import Criterion, NotNegative, PositiveFloat, PositiveInt, worsening
+from fedkit.config import Criterion, NotNegative, PositiveFloat, metric_of, worsening
 from fedkit.exam import Exam, Questions, Variant, number_key
 from fedkit.examination import Examination
-from fedkit.ranges import RANGES, Ranges
+from fedkit.ranges import RANGES, Ranges, Rows
 from fedkit.strategy import Federation, Strategy
 from fedkit.weights import Weights
 from fedkit.work import Evaluate, Summarize, Work
@@ -38,8 +38,8 @@ class HandOver(Strategy):
     graph: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     bounds: list[PositiveFloat]
     variants: tuple[Variant, ...] = ()
-    method: Annotated[str, Field(pattern="^(mean|clipped)$")] = "mean"
-    rows: PositiveInt = 512
+    method: Literal["mean", "clipped"] = "mean"
+    rows: Rows = 512
     per_row: bool = False
     given: list[tuple[float, float]] | None = None
     criterion: Criterion = "loss:min"
@@ -53,7 +53,7 @@ class HandOver(Strategy):
         self.scores: dict[str, dict[str, float]] = {}
         self.agreement: dict[str, float] = {}
         self.sites: dict[str, int] = {}
-        self.chosen: str = "fp32"
+        self.chosen: Variant = "fp32"
         self.calibrated = 0
         self.examined: dict[str, Any] = {}
         self.rounds = len(self._questions())
@@ -73,8 +73,8 @@ class HandOver(Strategy):
         """What calibration asks; None where it asks nothing."""
         if "int8" not in self.variants or self.given is not None:
             return None
-        about: dict[str, Any] = {"method": self.method, "per_row": self.per_row}
-        return Ranges(graph=self.graph, bounds=self.bounds, rows=self.rows, **about)
+        about: dict[str, Any] = {"graph": self.graph, "bounds": self.bounds, "rows": self.rows}
+        return Ranges(**about, method=self.method, per_row=self.per_row)
 
     def asks(self) -> tuple[Work, ...]:
         """What it asks besides training."""
@@ -89,8 +89,7 @@ class HandOver(Strategy):
         return asked + [self._examination(noise=one) for one in self.exam.noise]
 
     def _examination(self, **about: Any) -> Evaluate:
-        chosen: Any = self.chosen
-        return Evaluate(split="test", exam=Exam(graph=self.graph, variant=chosen, **about))
+        return Evaluate(split="test", exam=Exam(graph=self.graph, variant=self.chosen, **about))
 
     async def round(self, federation: Federation, model: Weights) -> Weights:
         """Asks one question of everybody."""
@@ -121,7 +120,7 @@ class HandOver(Strategy):
 
     def drop(self, variant: str) -> float | None:
         """By how much the criterion's metric is worse than that of fp32; None where either has no score."""
-        metric = self.criterion.rpartition(":")[0]
+        metric = metric_of(self.criterion)
         scores: Mapping[str, float] = self.scores.get(variant, {})
         if metric not in scores or metric not in self.scores.get("fp32", {}):
             return None
@@ -130,7 +129,7 @@ class HandOver(Strategy):
     def objection(self, variant: str) -> str:
         """Why a variant is not to be shipped by what clients have found; empty where it may be."""
         drop, agreement = self.drop(variant), self.agreement.get(variant)
-        metric = self.criterion.rpartition(":")[0]
+        metric = metric_of(self.criterion)
         if drop is None or agreement is None:
             return f"no client has scored it by {metric}"
         if self.sites[variant] != self.sites["fp32"]:

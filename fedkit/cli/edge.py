@@ -11,8 +11,9 @@ import typer
 
 from fedkit.errors import FedkitError
 
-__all__ = ["Json", "LogForm", "Tethered", "edge"]
+__all__ = ["HERE", "Json", "LogForm", "Tethered", "edge"]
 
+HERE = "127.0.0.1:8443"  # where a coordinator is that nobody has given the address of
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead of tables.")]
 
 Tethered = Annotated[bool, typer.Option("--tethered", hidden=True, help="End when standard input does.")]

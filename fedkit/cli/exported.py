@@ -8,24 +8,23 @@ from typing import Any, TypeAlias
 
 from fedkit import saved
 from fedkit.cli import show
+from fedkit.cli.edge import HERE
 from fedkit.config import NAME
+from fedkit.deploy.bundle import MODELS
 from fedkit.deploy.settings import Export
 from fedkit.errors import ConfigError
 from fedkit.exam import Questions
-from fedkit.handover import Asked, Handed, hand_over
+from fedkit.handover import Asked, Handed
 from fedkit.registry import choose_task
 from fedkit.remote import asking as asking_coordinator
 from fedkit.remote import connect
-from fedkit.result import Result, load, shipment, subject
+from fedkit.result import Result, load
 from fedkit.simulation.run import asking
-from fedkit.tracking import Teller
 from fedkit.trust.identity import Identity
 
 __all__ = ["Wish", "bundled", "exported", "facts", "kept", "report"]
 
 Peer: TypeAlias = tuple[str | None, Path | None]  # the coordinator's address, and the folder of one's own identity
-
-HERE = "127.0.0.1:8443"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +51,9 @@ def bundled(result: Result, out: Path, wish: Wish, as_json: bool) -> Handed:
         from fedkit.deploy.acceptance import read
 
         questions = read(wish.acceptance).questions()
-    tell = Teller(wish.track)
+    how: Any = {"settings": wish.settings, "best": wish.best, "key": wish.key, "track": wish.track}
     with show.stages(as_json) as say:
-        model = subject(result, best=wish.best)
-        handed = hand_over(model, out, wish.settings, questions=questions, key=wish.key, say=say)
-    tell(lambda: shipment(result, handed))
-    return handed
+        return result.export(out, **how, questions=questions, say=say)
 
 
 def _saved(folder: Path, task: str | None, peer: Peer) -> Result:
@@ -100,8 +96,7 @@ def report(handed: Handed, as_json: bool, served: Path | None = None) -> None:
         show.print_json(facts | {"passport": passport.to_dict()})
         return
     show.gate(passport)
-    file = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}.get(passport.shipped, "model.int8.onnx")
-    show.say(f"\nShipped    {handed.folder / file} ({passport.shipped})")
+    show.say(f"\nShipped    {handed.folder / MODELS[passport.shipped]} ({passport.shipped})")
     show.say(f"Card       {handed.folder / 'card.md'}")
     if served is not None:
         show.say(f"To serve   {served}")

@@ -11,7 +11,7 @@ import typer
 
 from fedkit import __version__
 from fedkit.cli import bundles
-from fedkit.cli.edge import Json, LogForm, Tethered, edge
+from fedkit.cli.edge import HERE, Json, LogForm, Tethered, edge
 from fedkit.cli.memberships import audit_log, ca, roster
 from fedkit.cli.models import models
 from fedkit.cli.privacies import privacy
@@ -41,7 +41,6 @@ Identity = Annotated[
     Path | None,
     typer.Option("--identity", envvar="FEDKIT_IDENTITY", metavar="FOLDER", help="What fedkit enroll wrote; for TLS."),
 ]
-HERE = "127.0.0.1:8443"
 Track = Annotated[
     str | None,
     typer.Option(

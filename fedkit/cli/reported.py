@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedkit.cli import show
-from fedkit.cli.exported import HERE, Peer
+from fedkit.cli.edge import HERE
+from fedkit.cli.exported import Peer
 from fedkit.config import NAME
 from fedkit.errors import ConfigError
 from fedkit.remote import connect

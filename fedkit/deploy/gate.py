@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from fedkit.deploy import stopwatch
 from fedkit.deploy.convert import Converted, inputs
 from fedkit.deploy.passport import Measured
 from fedkit.deploy.quantize import build, operators_in_fewer_bits
+from fedkit.deploy.runtime import aside
 from fedkit.deploy.settings import Limits
 from fedkit.deploy.site import Watching
+from fedkit.deploy.stopwatch import cpu_seconds
 from fedkit.errors import ExportError
 from fedkit.exam import Variant
 from fedkit.task import Task
@@ -32,7 +32,6 @@ Seconds = dict[str, float]  # CPU seconds of one call, by batch size
 BATCHES = (1, 64)  # of which the CPU time is measured
 _NOISE_ROWS = 256
 _WITHIN_S = 900
-_TIMES, _SLICE_S = 5, 0.02
 
 
 def noise_ranges(converted: Converted, module: nn.Module, task: Task) -> npt.NDArray[np.float64]:
@@ -47,14 +46,19 @@ def noise_ranges(converted: Converted, module: nn.Module, task: Task) -> npt.NDA
 
 
 def measured(
-    converted: Converted, module: nn.Module, task: Task, variants: Sequence[Variant], limits: Limits
+    converted: Converted,
+    module: nn.Module,
+    task: Task,
+    ranges: npt.NDArray[np.float64],
+    variants: Sequence[Variant],
+    limits: Limits,
 ) -> list[Measured]:
     """fp32 and then each variant, as far as can be told without data: those that `passed` are worth asking clients.
 
-    A variant without a single operator in fewer bits is none; neither is one that is not smaller, or slower.
+    `ranges` (tensors, 2) are what int8 is built by to be measured. A variant without a single operator in fewer bits is
+    none; neither is one that is not smaller, or slower.
     """
     eager = torch_seconds(module, task)
-    ranges = noise_ranges(converted, module, task)
     [fp32] = onnx_seconds([converted.content], module, task)
     base: Any = {"size_bytes": len(converted.content), "cpu_s": fp32, "cpu_ratio": dict.fromkeys(fp32, 1.0)}
     found = [Measured(variant="fp32", passed=True, why="the reference", torch_ratio=_ratio(fp32, eager), **base)]
@@ -111,17 +115,8 @@ def onnx_seconds(
 
 
 def _timed(asked: dict[str, Any]) -> list[Seconds]:
-    program = str(Path(__file__).with_name("stopwatch.py"))
-    about: Any = {"input": json.dumps(asked), "capture_output": True, "text": True, "timeout": _WITHIN_S}
-    try:
-        done = subprocess.run([sys.executable, "-I", program], check=False, **about)  # noqa: S603 - our own program
-    except subprocess.TimeoutExpired:
-        raise ExportError(f"ONNX Runtime has not measured it within {_WITHIN_S} seconds") from None
-    if done.returncode < 0:
-        raise ExportError(f"ONNX Runtime dies of it (signal {-done.returncode})")
-    if done.returncode:
-        raise ExportError(f"ONNX Runtime does not take it: {done.stderr.strip().splitlines()[-1][:200]}")
-    found: list[Seconds] = json.loads(done.stdout)
+    program = str(Path(stopwatch.__file__))
+    found: list[Seconds] = json.loads(aside([program], json.dumps(asked), within_s=_WITHIN_S))
     return found
 
 
@@ -138,14 +133,5 @@ def torch_seconds(module: nn.Module, task: Task) -> Seconds:
 
 def _eager(module: nn.Module, task: Task, batch: int) -> float:
     feed = [torch.from_numpy(array) for array in inputs(task, batch, module).values()]
-    module(*feed)
-    start = time.process_time()
-    module(*feed)
-    count = max(1, int(_SLICE_S / max(time.process_time() - start, 1e-6)))
-    best = float("inf")
-    for _ in range(_TIMES):
-        start = time.process_time()
-        for _ in range(count):
-            module(*feed)
-        best = min(best, (time.process_time() - start) / count)
-    return best
+    [seconds] = cpu_seconds([lambda: module(*feed)])
+    return seconds

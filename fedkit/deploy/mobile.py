@@ -6,11 +6,8 @@ and may die of a network.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from fedkit.deploy import runtime
 from fedkit.deploy.passport import Passport
@@ -44,15 +41,10 @@ def mobile_files(content: bytes, name: str, passport: Passport) -> dict[str, byt
 
 
 def _convert(source: Path) -> None:
-    command = [sys.executable, "-I", "-m", _TOOL, *_OPTIONS, str(source)]
-    about: Any = {"capture_output": True, "text": True, "timeout": _WITHIN_S}
     try:
-        done = subprocess.run(command, check=False, **about)  # noqa: S603 - ONNX Runtime's own program
-    except subprocess.TimeoutExpired:
-        raise ExportError(f"ONNX Runtime has not converted the network within {_WITHIN_S:g} seconds") from None
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"signal {-done.returncode}"])[-1]
-        raise ExportError(f"ONNX Runtime does not convert the network to its mobile format: {last[:200]}")
+        runtime.aside(["-m", _TOOL, *_OPTIONS, str(source)], within_s=_WITHIN_S)
+    except ExportError as error:
+        raise ExportError(f"the network cannot be converted to ONNX Runtime's mobile format: {error}") from None
 
 
 def _require_same(model: bytes, content: bytes, passport: Passport) -> None:

@@ -23,7 +23,7 @@ from fedkit.config import Name, PositiveInt, Settings, parse
 from fedkit.deploy.passport import TaskFacts, TensorFacts
 from fedkit.errors import ConfigError, ExportError, PayloadError
 
-__all__ = ["Allowed", "Arrays", "Expected", "Probe", "apart", "drawn"]
+__all__ = ["MOST_SHOWN", "Allowed", "Arrays", "Expected", "Probe", "apart", "drawn"]
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Dtype: TypeAlias = Literal[
@@ -33,7 +33,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Dims = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=16)]
 
 _FREE_DIM = 8  # the size that a dimension without one takes
-_MOST_SHOWN = 20_000  # numbers written down, of all inputs and of all outputs
+MOST_SHOWN = 20_000  # numbers written down, of all inputs and of all outputs
 _MOST_VALUES = 1 << 26
 _MOST_BYTES = 4 << 20
 
@@ -71,7 +71,7 @@ class _Given(Settings):
     def of(cls, name: str, array: npt.NDArray[Any], seed: int, *, is_shown: bool) -> _Given:
         dtype = _known(name, str(array.dtype))
         if not is_shown and not np.array_equal(array, _stream(name, dtype, array.shape, seed)):
-            raise ConfigError(f"the probe's inputs are more than {_MOST_SHOWN} numbers: take those of probe.drawn()")
+            raise ConfigError(f"the probe's inputs are more than {MOST_SHOWN} numbers: take those of probe.drawn()")
         values = array.ravel().tolist() if is_shown else None
         return cls(dtype=dtype, shape=list(array.shape), sha256=_digest(array), values=values)
 
@@ -113,7 +113,7 @@ class Probe:
     @classmethod
     def of(cls, inputs: Arrays, outputs: Arrays, *, seed: int = 0) -> Probe:
         """Of what went into PyTorch, and what came out of it."""
-        share = _MOST_SHOWN // max(len(outputs), 1)
+        share = MOST_SHOWN // max(len(outputs), 1)
         return cls(inputs, {name: Expected.of(array, share) for name, array in outputs.items()}, seed)
 
     def apart(self, found: Arrays) -> float:
@@ -130,7 +130,7 @@ class Probe:
 
         Raises `ConfigError` for inputs too large to be written down that do not come from `drawn`.
         """
-        is_shown = sum(array.size for array in self.inputs.values()) <= _MOST_SHOWN
+        is_shown = sum(array.size for array in self.inputs.values()) <= MOST_SHOWN
         inputs = {name: _Given.of(name, one, self.seed, is_shown=is_shown) for name, one in self.inputs.items()}
         file = _File(seed=self.seed, inputs=inputs, outputs=dict(self.outputs), variants=dict(self.variants))
         return json.dumps(file.to_dict(), sort_keys=True, allow_nan=False) + "\n"

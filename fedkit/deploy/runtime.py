@@ -1,8 +1,11 @@
-"""ONNX Runtime, with errors of ours for what it refuses."""
+"""ONNX Runtime, with errors of ours for what it refuses and for what it dies of."""
 
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
@@ -10,7 +13,7 @@ import numpy.typing as npt
 from fedkit.deploy.probe import Arrays
 from fedkit.errors import ExportError
 
-__all__ = ["Array", "run", "session"]
+__all__ = ["Array", "aside", "run", "session"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -35,6 +38,27 @@ def run(running: Any, inputs: Arrays) -> dict[str, Array]:
     except _refusals() as error:
         raise ExportError(f"ONNX Runtime does not run the file: {error}") from None
     return dict(zip((one.name for one in running.get_outputs()), found, strict=True))
+
+
+def aside(program: Sequence[str], given: str = "", *, within_s: float) -> str:
+    """What a Python program prints that runs ONNX Runtime in a process of its own, which may die of a file.
+
+    `program` are Python's arguments, `given` is its standard input. Raises `ExportError` where it fails, dies or takes
+    longer than it may.
+    """
+    command = [sys.executable, "-I", *program]
+    about: Any = {"input": given, "capture_output": True, "text": True, "timeout": within_s}
+    try:
+        done = subprocess.run(command, check=False, **about)  # noqa: S603 - ours, or ONNX Runtime's own
+    except subprocess.TimeoutExpired:
+        raise ExportError(f"ONNX Runtime has not come to an end within {within_s:g} seconds") from None
+    if done.returncode < 0:
+        raise ExportError(f"ONNX Runtime dies of it (signal {-done.returncode})")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
+        raise ExportError(f"ONNX Runtime does not take it: {last[:200]}")
+    printed: str = done.stdout
+    return printed
 
 
 @functools.cache

@@ -6,8 +6,9 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from fedkit.config import Criterion, NotNegative, PositiveFloat, PositiveInt, Settings
+from fedkit.config import Criterion, NotNegative, PositiveFloat, Settings
 from fedkit.exam import VARIANTS, Variant
+from fedkit.ranges import Rows
 
 __all__ = ["Export", "Limits", "Method", "Quantize"]
 
@@ -45,7 +46,7 @@ class Export(Settings):
 
     quantize: Quantize = "auto"
     calibration: Method | None = None
-    rows: PositiveInt = 512
+    rows: Rows = 512
     epsilon: PositiveFloat | None = None
     criterion: Criterion | None = None
     limits: Limits = Limits()

@@ -378,7 +378,7 @@ def test_progress_is_shown_and_passed_on(coordinator: Coordinator, capsys: pytes
 def test_a_name_is_made_up_that_says_what_runs(coordinator: Coordinator) -> None:
     run = coordinator.submit(toy_task(), FedAvg(rounds=1, local=LOCAL), seed=5)
     assert run.startswith("toy-fedavg-5-")
-    assert len(run) == len("toy-fedavg-5-") + 4
+    assert len(run) == len("toy-fedavg-5-") + 8
 
 
 # -- how runs end ------------------------------------------------------------------------------------------------------
