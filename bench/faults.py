@@ -79,10 +79,10 @@ class _Watch(threading.Thread):
             return self.moved.wait_for(lambda: len(self.seen) > than or self.result is not None, seconds)
 
 
-def survive(folder: Path, strategy: Strategy, kills: int, seed: int) -> Report:
+def survive(folder: Path, strategy: Strategy, kills: int, seed: int, place: type[Loopback] = Loopback) -> Report:
     """Runs `strategy` over the four hospitals and kills one process after the other, each at a random moment."""
     report, draw = Report(), random.Random(seed)
-    with Loopback(folder, ["heart"], HOSPITALS, rejoin_s=60.0) as federation:
+    with place(folder, ["heart"], HOSPITALS, rejoin_s=60.0) as federation:
         watch = _Watch(federation.address, strategy, seed)
         watch.start()
         watch.wait_for_more(0, 60)

@@ -9,6 +9,7 @@ import pytest
 
 import fedkit
 from fedkit.loopback import Loopback
+from tests.network.hatchery import Hatched
 from tests.network.place import MAL, Place
 from tests.network.scripted import honest
 
@@ -17,8 +18,8 @@ TASKS = [f"tests.network.tasks:{name}" for name in ("plain", "stateful", "counti
 ROOT = Path(__file__).parents[2]
 
 
-def loopback(folder: Path, clients: tuple[str, ...] = CLIENTS, **changes: object) -> Loopback:
-    return Loopback(folder, TASKS, clients, environment={"PYTHONPATH": str(ROOT)}, **changes)
+def loopback(folder: Path, clients: tuple[str, ...] = CLIENTS, **changes: object) -> Hatched:
+    return Hatched(folder, TASKS, clients, environment={"PYTHONPATH": str(ROOT)}, **changes)
 
 
 @pytest.fixture(scope="session")

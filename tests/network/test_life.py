@@ -29,6 +29,7 @@ from tests.network import gates, tasks
 from tests.network.browser import Browser
 from tests.network.conftest import CLIENTS, ROOT, TASKS
 from tests.network.gates import Gate, Running, eventually, here, states
+from tests.network.hatchery import Hatched
 from tests.report.reader import parsed
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ def loopback(folder: Path, clients: tuple[str, ...], rejoin_s: float) -> Loopbac
     known = [*TASKS, "tests.network.gates:gated"]
     times = {"heartbeat_s": 0.5, "rejoin_s": rejoin_s}
     listening = ["--metrics", "127.0.0.1:0"]
-    return Loopback(folder, known, clients, **times, environment=environment, server_options=listening)
+    return Hatched(folder, known, clients, **times, environment=environment, server_options=listening)
 
 
 @pytest.fixture(scope="module")
