@@ -26,6 +26,13 @@ settings.register_profile(
 settings.load_profile("fedkit")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Coverage slows Python down by half: it leaves out what goes over the same lines again and again."""
+    for item in items:
+        if item.path.parent.name in ("property", "attacks"):
+            item.add_marker("no_cover")
+
+
 @pytest.fixture(autouse=True)
 def only_lasting_processes_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Coverage follows the federations that fixtures start for many tests, not what a single test starts and kills."""

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,28 @@ PRELOADED = [
     *("fedkit.simulation", "tests.network.tasks", "tests.network.gates", "tests.network.steps", "tests.network.warm"),
 ]
 
+MEASURE = "COVERAGE_PROCESS_CONFIG"  # in the environment of processes that coverage is to follow
+
 _hatchery = multiprocessing.get_context("forkserver")
 _hatchery.set_forkserver_preload(PRELOADED)
 
 
-def _live(arguments: list[str], log: str, environment: dict[str, str], tether: Connection, step: str) -> None:
+@dataclass(frozen=True)
+class Due:
+    """What is to become of a process: at which step it kills itself, and whether coverage follows it."""
+
+    step: str
+    is_measured: bool
+
+
+def _live(arguments: list[str], log: str, environment: dict[str, str], tether: Connection, due: Due) -> None:
     """What a process does from its fork to its end: the command line of `fedkit`."""
     from fedkit.cli import app
     from tests.network import steps
 
     os.setsid()
+    if not due.is_measured:
+        _unmeasured()
     os.environ.update(environment)
     os.dup2(tether.fileno(), 0)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -40,10 +53,19 @@ def _live(arguments: list[str], log: str, environment: dict[str, str], tether: C
     os.dup2(descriptor, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
     steps.archive_updates(environment.get(steps.ARCHIVE))
-    if step:
+    if due.step:
         every = steps.STEPS | steps.SPENDING | steps.MASKING | steps.ENCRYPTING | steps.SEALING
-        every[step].arm()
+        every[due.step].arm()
     app(arguments)
+
+
+def _unmeasured() -> None:
+    """Coverage slows this process down by half, and forgets what a killed one did."""
+    os.environ.pop(MEASURE, None)
+    if "coverage" in sys.modules:
+        running = sys.modules["coverage"].Coverage.current()
+        if running is not None:
+            running.stop()
 
 
 class _Process:
@@ -74,11 +96,15 @@ class _Process:
 
 
 class Hatched(Loopback):
-    """As `Loopback`. The next start of a process in `due` kills itself at that step (a key of `steps.STEPS`)."""
+    """As `Loopback`. The next start of a process in `due` kills itself at that step (a key of `steps.STEPS`).
 
-    def __init__(self, folder: Path, *given: Any, **more: Any) -> None:
+    Coverage follows processes that a fixture starts for many tests, but for those of a federation that is not measured.
+    """
+
+    def __init__(self, folder: Path, *given: Any, is_measured: bool = True, **more: Any) -> None:
         super().__init__(folder, *given, **more)
         self.due: dict[str, str] = {}
+        self.is_measured = is_measured
 
     def _start(self, name: str, command: str, *arguments: str) -> None:
         before = self.processes.get(name)
@@ -87,8 +113,9 @@ class Hatched(Loopback):
         theirs, ours = _hatchery.Pipe(duplex=False)
         line = [command, *arguments, "--log", "json", "--tethered"]
         log = str(self.folder / "logs" / f"{name}.log")
-        environment = {key: self._environment[key] for key in self._environment.keys() - os.environ.keys()}
-        given = (line, log, environment, theirs, self.due.pop(name, ""))
+        environment = {key: self._environment[key] for key in self._environment.keys() - os.environ.keys() - {MEASURE}}
+        due = Due(self.due.pop(name, ""), self.is_measured and MEASURE in os.environ)
+        given = (line, log, environment, theirs, due)
         process = _hatchery.Process(target=_live, args=given, daemon=False)
         process.start()
         theirs.close()

@@ -29,8 +29,8 @@ PRIVACY = fedkit.Privacy(dp=fedkit.DP(noise_multiplier=2.0, delta=1e-3))
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hatched]:
     folder = tmp_path_factory.mktemp("spending")
     (folder / "archive").mkdir()
-    environment = {steps.ARCHIVE: str(folder / "archive")}
-    with Hatched(folder, ["tests.network.tasks:plain"], CLIENTS, rejoin_s=60.0, environment=environment) as running:
+    about = {"environment": {steps.ARCHIVE: str(folder / "archive")}, "is_measured": False}
+    with Hatched(folder, ["tests.network.tasks:plain"], CLIENTS, rejoin_s=60.0, **about) as running:
         yield running
 
 

@@ -20,8 +20,8 @@ from tests.network.recomputed import CLIENTS, SEED, STRATEGY, require_undisturbe
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hatched]:
     folder = tmp_path_factory.mktemp("steps")
     (folder / "archive").mkdir()
-    environment = {steps.ARCHIVE: str(folder / "archive")}
-    with Hatched(folder, ["tests.network.tasks:large"], CLIENTS, rejoin_s=60.0, environment=environment) as running:
+    about = {"environment": {steps.ARCHIVE: str(folder / "archive")}, "is_measured": False}
+    with Hatched(folder, ["tests.network.tasks:large"], CLIENTS, rejoin_s=60.0, **about) as running:
         yield running
 
 
