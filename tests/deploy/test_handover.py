@@ -222,7 +222,7 @@ class Reading(nn.Module):
         return self.out(self.lstm(self.embed(text))[0])
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 def test_a_recurrent_network_is_quantised_as_it_runs_and_not_by_ranges(tmp_path: Path) -> None:
     from fedkit.deploy.gate import measured, noise_ranges
 
@@ -297,7 +297,7 @@ def test_scores_of_other_sites_are_not_compared() -> None:
     assert found.objection("int8") == ""
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("name", ["CNN", "transformer"])
 def test_float32_gives_what_pytorch_gives(name: str) -> None:
     (make, given) = next((make, given) for known, make, given, _ in NETWORKS if known == name)

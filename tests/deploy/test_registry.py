@@ -456,7 +456,7 @@ def whole(folder: Path) -> dict[int, str]:
         return {one.number: one.stage for one in found}
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 def test_a_process_killed_at_any_step_of_adding_leaves_it_whole(tmp_path: Path, made: list[Path]) -> None:
     with Registry(tmp_path / "before", create=True) as registry:
         registry.add(made[0], "heart")
@@ -480,7 +480,7 @@ def test_a_process_killed_at_any_step_of_adding_leaves_it_whole(tmp_path: Path, 
     assert step > 20
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 def test_a_process_killed_at_any_step_of_promoting_leaves_it_whole(tmp_path: Path, made: list[Path]) -> None:
     with Registry(tmp_path / "before", create=True) as registry:
         for bundle in made[:2]:

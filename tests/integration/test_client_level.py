@@ -149,7 +149,7 @@ def test_an_update_that_is_not_clipped_is_refused(fault: str) -> None:
 # -- the clip that follows a quantile ----------------------------------------------------------------------------------
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(("quantile", "low", "high"), [(0.25, 2 / 8, 3 / 8), (0.75, 6 / 8, 7 / 8)])
 @pytest.mark.parametrize("start", [0.1, 2.0])
 def test_the_clip_comes_to_the_quantile_of_the_norms(start: float, quantile: float, low: float, high: float) -> None:
@@ -222,7 +222,7 @@ def test_the_noise_on_the_count_is_taken_from_that_on_the_updates() -> None:
 # -- a coordinator that dies -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("keep_answers", [False, True], ids=["asked again", "kept"])
 def test_a_crash_at_any_step_changes_neither_cohorts_nor_noise_nor_cost(keep_answers: bool) -> None:
     strategy = half(rounds=2)

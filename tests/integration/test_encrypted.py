@@ -291,7 +291,7 @@ def test_no_second_sum_of_updates_is_opened_in_a_round() -> None:
 # -- a coordinator that dies -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("keep_answers", [False, True], ids=["asked again", "kept"])
 def test_a_crash_at_any_step_changes_neither_the_model_nor_the_work_done(keep_answers: bool) -> None:
     strategy, clients = FedAvg(rounds=1, local=FIT), CLIENTS[:4]

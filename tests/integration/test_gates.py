@@ -423,7 +423,7 @@ def _poison(model: nn.Module, batches: object, site: fedkit.Site) -> float:
     return 0.0
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("keep_answers", [False, True], ids=["asked again", "kept"])
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_crash_at_any_step_changes_no_verdict(name: str, keep_answers: bool) -> None:

@@ -145,7 +145,7 @@ def lives(world: InMemoryFederation, strategy: Strategy, desk: Desk, keeps: bool
     raise AssertionError("lives without progress")
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("name", replay.STRATEGIES)
 @pytest.mark.parametrize(
     ("keeps", "inline_bytes"), [(True, 1 << 16), (False, 0)], ids=["answers kept", "asked again, models in files"]
@@ -224,7 +224,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
     return folder, json.loads(done.stdout)
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("name", KILLED)
 def test_a_coordinator_killed_again_and_again_ends_with_the_same_bits(
     name: str, killed: tuple[Path, dict[str, list[int]]]
@@ -689,7 +689,7 @@ def test_each_answer_in_memory_waits_for_a_fact_of_its_own(desk: Desk) -> None:
     assert sorted(os.listdir(desk.spool)) == [KEY, "cd" * 16]
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("facts", [0, 1, 2])
 @pytest.mark.parametrize("end", ["commit", "abandon"])
 @pytest.mark.parametrize("spares", [False, True], ids=["removed", "spared"])

@@ -91,7 +91,7 @@ RUNS: dict[str, Callable[[], Watching]] = {
 }
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("name", RUNS)
 def test_once_a_run_and_its_journal_are_gone_no_model_of_it_is_left(name: str) -> None:

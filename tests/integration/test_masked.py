@@ -178,7 +178,7 @@ def test_keys_that_the_others_would_refuse_cost_their_sender_alone(fault: str) -
 # -- a coordinator that dies -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("keep_answers", [False, True], ids=["asked again", "kept"])
 def test_a_crash_at_any_step_changes_neither_the_model_nor_the_work_done(keep_answers: bool) -> None:
     strategy, clients = FedAvg(rounds=2, local=FIT), CLIENTS[:4]

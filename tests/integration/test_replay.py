@@ -91,7 +91,7 @@ def facts(outcome: Outcome) -> list[object]:
     return [outcome.weights, dict(outcome.test), outcome.best, rows]
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("keep_answers", [False, True], ids=["asked again", "kept"])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_crash_at_any_step_changes_neither_the_model_nor_the_work_done(name: str, keep_answers: bool) -> None:

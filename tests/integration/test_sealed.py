@@ -272,7 +272,7 @@ def test_a_site_that_comes_later_waits_until_the_model_is_sealed_for_it_too() ->
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("keep_answers", [False, True], ids=["asked again", "kept"])
 @pytest.mark.parametrize("strategy", [CYCLE, GATED], ids=["plain", "gated"])
 def test_a_crash_at_any_step_changes_neither_the_model_nor_the_work_done(

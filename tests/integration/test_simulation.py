@@ -29,7 +29,7 @@ def simulate(strategy: Strategy, **more: object) -> fedkit.Result:
     return fedkit.simulate(task, strategy, **settings)
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -49,7 +49,7 @@ def test_worker_processes_give_the_bits_of_one_process(strategy: Strategy) -> No
     assert [r.clients for r in alone.history] == [r.clients for r in spread.history]
 
 
-@pytest.mark.no_cover
+@pytest.mark.unmeasured
 def test_calls_that_close_early_do_not_hold_up_later_rounds_of_worker_processes() -> None:
     rule = fedkit.Participation(fraction=0.2, over_select=4)
     strategy = FedAvg(rounds=4, local=FIT, participation=rule)
