@@ -123,6 +123,7 @@ def test_extremes_are_those_that_pytorch_makes_of_each_row(result: Result) -> No
     assert np.array_equal(extremes[:100], extremes[100:200])
 
 
+@pytest.mark.unmeasured
 def test_a_row_counts_once_however_often_a_task_looks_at_it(result: Result) -> None:
     def predict(model: nn.Module, batch: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return model(torch.cat([batch[0], 2 * batch[0]]))[: len(batch[0])], batch[1]
@@ -138,6 +139,7 @@ def test_a_row_counts_once_however_often_a_task_looks_at_it(result: Result) -> N
     assert site.extremes(graph, [([one[:20] for one in train], 20)]).shape[0] == 20
 
 
+@pytest.mark.unmeasured
 def test_masked_sums_of_ranges_are_the_plain_ones(result: Result) -> None:
     passports = {}
     from fedkit.handover import _Work
@@ -170,6 +172,7 @@ def test_a_private_run_is_calibrated_without_data_or_at_a_price(tmp_path: Path) 
     assert not (tmp_path / "exact").exists()
 
 
+@pytest.mark.unmeasured
 def test_what_nobody_has_scored_is_not_shipped(result: Result, tmp_path: Path) -> None:
     alone = dataclasses.replace(result, ask=None)
     found = alone.export(tmp_path / "b", settings=Export(quantize="int8", limits=ANY_SPEED)).passport
@@ -178,6 +181,7 @@ def test_what_nobody_has_scored_is_not_shipped(result: Result, tmp_path: Path) -
     assert found.examined is None
 
 
+@pytest.mark.unmeasured
 def test_a_variant_that_answers_worse_is_refused_with_the_number(result: Result, tmp_path: Path) -> None:
     strict = Limits(cpu=1e6, agreement=1.0, drop=0.0)
     export = Export(quantize="int8", calibration="noise", limits=strict, criterion="loss:min")
@@ -190,6 +194,7 @@ def test_a_variant_that_answers_worse_is_refused_with_the_number(result: Result,
     assert found.examined.variant == "fp32"
 
 
+@pytest.mark.unmeasured
 def test_a_saved_run_is_handed_over_as_it_would_have_been_at_once(
     result: Result, handed: tuple[Passport, Path], tmp_path: Path
 ) -> None:

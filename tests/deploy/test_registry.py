@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import posix
 import random
 import shutil
 import signal
@@ -17,7 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import coverage
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import settings
@@ -405,8 +408,11 @@ STEPS = ("replace", "rename", "mkdir", "write", "pwrite")  # between two of them
 
 
 def forked() -> int:
-    """`os.fork`, of which later Pythons warn where there are threads: the child uses none of them."""
-    with warnings.catch_warnings():
+    """`os.fork`, of which later Pythons warn where there are threads: the child uses none of them.
+
+    Coverage, which would begin anew in each child, is not told; the child has to end by `posix._exit`.
+    """
+    with warnings.catch_warnings(), mock.patch.object(coverage.Coverage, "current", return_value=None):
         warnings.simplefilter("ignore", DeprecationWarning)
         return os.fork()
 
@@ -432,8 +438,8 @@ def killed_at(step: int, act: Callable[[Callable[[str], None]], None]) -> bool:
         os.fsync = lambda _: None  # what the kernel was given outlives the process
         with contextlib.suppress(BaseException):
             act(tick)
-            os._exit(0)
-        os._exit(1)
+            posix._exit(0)
+        posix._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFSIGNALED(status)
@@ -531,8 +537,8 @@ def test_writers_at_the_same_time_each_get_a_version_of_their_own(tmp_path: Path
             with contextlib.suppress(BaseException), Registry(folder, create=True) as registry:
                 version = registry.add(bundle, "heart")
                 registry.promote(str(version), "production", unjudged=True)
-                os._exit(0)
-            os._exit(1)
+                posix._exit(0)
+            posix._exit(1)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
     assert sorted(whole(folder).values()) == ["archived", "archived", "archived", "production"]

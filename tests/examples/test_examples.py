@@ -131,6 +131,7 @@ def names_of(text: str) -> list[str]:
     return re.findall(r"^(float32|int8.*?) +\d+\.\d+%", text, re.MULTILINE)
 
 
+@pytest.mark.unmeasured
 def test_quantized_fashion_compares_what_is_deployed_in_8_bits(garments, tmp_path, monkeypatch, capsys):
     arguments = ["--blocks", "1", "--clients", "2", "--rows", "100", "--rounds", "1", "--out", str(tmp_path / "models")]
     run_here("fashion", monkeypatch, "--data", str(garments), *arguments, program="quantized.py")

@@ -128,7 +128,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hatched]:
     folder = tmp_path_factory.mktemp("killed")
     (folder / "archive").mkdir()
     environment = {"PYTHONPATH": str(ROOT), steps.ARCHIVE: str(folder / "archive")}
-    with Hatched(folder, [TASK], CLIENTS, roster=True, rejoin_s=60.0, environment=environment) as running:
+    about = {"environment": environment, "is_measured": False}
+    with Hatched(folder, [TASK], CLIENTS, roster=True, rejoin_s=60.0, **about) as running:
         yield running
 
 
