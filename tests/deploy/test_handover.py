@@ -181,6 +181,15 @@ def test_what_nobody_has_scored_is_not_shipped(result: Result, tmp_path: Path) -
     assert found.examined is None
 
 
+def test_what_is_tried_goes_before_the_settings_and_too_few_rows_are_said_at_once(
+    result: Result, tmp_path: Path
+) -> None:
+    found = dataclasses.replace(result, ask=None).export(tmp_path / "b", "none", settings=Export(quantize="int8"))
+    assert [one.variant for one in found.passport.gate] == ["fp32"]
+    with pytest.raises(ConfigError, match="rows"):  # before anybody is asked, and not at the sites
+        Export(rows=63)
+
+
 @pytest.mark.unmeasured
 def test_a_variant_that_answers_worse_is_refused_with_the_number(result: Result, tmp_path: Path) -> None:
     strict = Limits(cpu=1e6, agreement=1.0, drop=0.0)
