@@ -113,6 +113,9 @@ class Transformer(nn.Module):
         layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True)
         self.embed, self.layers = nn.Embedding(80, 128), nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
         self.out = nn.Linear(128, 80)
+        for one in self.layers.parameters():  # they begin as copies of one layer, which a file needs only once
+            if one.dim() > 1:
+                nn.init.xavier_uniform_(one)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.out(self.layers(self.embed(x)))

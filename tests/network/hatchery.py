@@ -98,7 +98,7 @@ class _Process:
 class Hatched(Loopback):
     """As `Loopback`. The next start of a process in `due` kills itself at that step (a key of `steps.STEPS`).
 
-    Coverage follows processes that a fixture starts for many tests, but for those of a federation that is not measured.
+    Coverage follows the processes that a fixture starts for many tests, unless `is_measured` is False.
     """
 
     def __init__(self, folder: Path, *given: Any, is_measured: bool = True, **more: Any) -> None:
