@@ -154,7 +154,7 @@ class NoisyGradients:
         self._random = Randomness()
         self._parameters = clipped.parameters
         self._queue: deque[torch.Tensor] = deque()
-        self._batches = batches(data, rows, self._asked(), device)
+        self._batches = batches(data, rows, _asked(self._queue), device)
 
     def __enter__(self) -> NoisyGradients:
         self._clipped.__enter__()
@@ -207,9 +207,11 @@ class NoisyGradients:
         self._queue.append(index)
         return next(self._batches)
 
-    def _asked(self) -> Iterator[torch.Tensor]:
-        while True:
-            yield self._queue.popleft()
+
+def _asked(queue: deque[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What has been put there; it holds nothing that holds it, so that the data goes with the work."""
+    while True:
+        yield queue.popleft()
 
 
 def _wide(part: torch.Tensor) -> torch.dtype:

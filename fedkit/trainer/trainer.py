@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -95,9 +95,6 @@ class Trainer:
     ) -> None:
         self.task = task
         self.device = pick_device(device)
-        self._watch = watch
-        self._seed = seed
-        self._holds_out_valid = holds_out_valid
         self._module = task.build(seed).to(self.device)
         self._parts = list(self._module.modules())
         self._binding = Binding(self._module, task.travels)
@@ -105,26 +102,13 @@ class Trainer:
         saved = {id(tensor) for tensor in self._module.state_dict(keep_vars=True).values()}
         passing = [buffer for buffer in self._module.buffers() if id(buffer) not in saved]
         self._passing = [(buffer, buffer.detach().clone()) for buffer in passing]
-        self.load = lru_cache(maxsize=cached_clients)(self._load)
-        self.fingerprint = lru_cache(maxsize=cached_clients)(self._fingerprint)
+        # None of these refers to the trainer: data of clients must go with it at once, not when cycles are looked for.
+        self.load = load = lru_cache(maxsize=cached_clients)(partial(_loaded, task, seed, holds_out_valid))
+        self.fingerprint = lru_cache(maxsize=cached_clients)(lambda client: fingerprint(load(client)[1]))
+        self._watched = partial(_watched, watch)
         self.done = Done()
         self._clipped: ClippedGradients | None = None
         self._exporter = Exporter(task, seed, self._watched)
-
-    def _load(self, client: str) -> tuple[Data, Dataset[Any], Dataset[Any] | None]:
-        rng.seed_all(rng.seed_for(self._seed, "data", client))
-        data = self.task.data(client)
-        if not isinstance(data, Data):
-            raise DataError(f"{client}: data() must return fedkit.Data, got {type(data).__name__}")
-        if row_count(data.train) == 0:
-            raise Refused(Reason.NO_DATA, f"{client} has no training rows")
-        if self._holds_out_valid:
-            return data, *split_valid(data, self._seed, client)
-        return data, data.train, data.valid
-
-    def _fingerprint(self, client: str) -> str:
-        """A digest (hex) of the number of training rows and of up to a thousand of them, evenly spaced."""
-        return fingerprint(self.load(client)[1])
 
     def perform(
         self,
@@ -255,9 +239,6 @@ class Trainer:
         sums = self._evaluate(client, Evaluate())
         return MetricSet(self.task).compute(sums.vector)[metric]
 
-    def _watched(self, stream: Iterator[T], total: int = 0) -> Iterator[T]:
-        return stream if self._watch is None else _watched(stream, self._watch, total)
-
     def _train(
         self, stream: Iterator[Any], site: LocalSite, parcel: Parcel, noisy: NoisyGradients | None
     ) -> float | None:
@@ -342,7 +323,26 @@ class Trainer:
         return replace(answer, vector=noised(answer.vector, noise.numpy()))
 
 
-def _watched(stream: Iterator[T], watch: Watch, total: int) -> Iterator[T]:
+def _loaded(
+    task: Task, seed: int, holds_out_valid: bool, client: str
+) -> tuple[Data, Dataset[Any], Dataset[Any] | None]:
+    """A client's data, and of it the rows to train on and to validate with."""
+    rng.seed_all(rng.seed_for(seed, "data", client))
+    data = task.data(client)
+    if not isinstance(data, Data):
+        raise DataError(f"{client}: data() must return fedkit.Data, got {type(data).__name__}")
+    if row_count(data.train) == 0:
+        raise Refused(Reason.NO_DATA, f"{client} has no training rows")
+    if holds_out_valid:
+        return data, *split_valid(data, seed, client)
+    return data, data.train, data.valid
+
+
+def _watched(watch: Watch | None, stream: Iterator[T], total: int = 0) -> Iterator[T]:
+    return stream if watch is None else _telling(watch, stream, total)
+
+
+def _telling(watch: Watch, stream: Iterator[T], total: int) -> Iterator[T]:
     for done, batch in enumerate(stream):
         watch(done, total)
         yield batch

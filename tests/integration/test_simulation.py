@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import resource
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,30 @@ def test_calls_that_close_early_do_not_hold_up_later_rounds_of_worker_processes(
     alone, spread = simulate(strategy, **settings), simulate(strategy, **settings, workers=2)
     assert alone.weights == spread.weights
     assert [len(record.clients) for record in spread.history] == [8] * 4
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
+def test_the_data_of_a_run_goes_with_its_result_and_waits_for_no_garbage_collector(private: bool) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def data(client: str) -> fedkit.Data:
+        found = toy_task().data(client)
+        alive.append(weakref.ref(found.train.tensors[0]))  # type: ignore[attr-defined]
+        return found
+
+    privacy = fedkit.Privacy(dp=fedkit.DP(noise_multiplier=1.0, delta=1e-3) if private else None)
+    simulate(FedAvg(rounds=1, local=FIT), task=toy_task(data=data), privacy=privacy)  # loads what is loaded once
+    gc.collect()
+    alive.clear()
+    gc.disable()
+    try:
+        result = simulate(FedAvg(rounds=1, local=FIT), task=toy_task(data=data), privacy=privacy)
+        assert result.test
+        assert len(alive) == len(CLIENTS)
+        del result
+        assert [one() for one in alive] == [None] * len(CLIENTS)
+    finally:
+        gc.enable()
 
 
 def test_a_run_that_fails_in_the_tasks_own_code_shows_its_traceback() -> None:
