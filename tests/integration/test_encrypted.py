@@ -25,6 +25,8 @@ from fedkit.work import Answer, Fit, Reply, Update
 from tests.integration.test_masked import CLIENTS, FIT, Collected, Kept, world
 from tests.integration.test_masked import run as masked_run
 
+pytestmark = pytest.mark.unmeasured  # its lines are gone over by runs between processes, too
+
 BFV = fedkit.Privacy(aggregation="bfv", bits=20)
 MASKED = fedkit.Privacy(aggregation="masked", bits=20)
 CKKS = fedkit.Privacy(aggregation="ckks")
@@ -291,7 +293,6 @@ def test_no_second_sum_of_updates_is_opened_in_a_round() -> None:
 # -- a coordinator that dies -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.unmeasured
 @pytest.mark.parametrize("keep_answers", [False, True], ids=["asked again", "kept"])
 def test_a_crash_at_any_step_changes_neither_the_model_nor_the_work_done(keep_answers: bool) -> None:
     strategy, clients = FedAvg(rounds=1, local=FIT), CLIENTS[:4]

@@ -22,6 +22,8 @@ from fedkit.testing import Crash, Fuse, InMemoryFederation, refuse, toy_task
 from fedkit.weights import Weights
 from fedkit.work import Answer, Fit, Update
 
+pytestmark = pytest.mark.unmeasured  # its lines are gone over by runs between processes, too
+
 CLIENTS = [f"site-{number}" for number in range(6)]
 FIT = fedkit.Fit(steps=3, batch_size=8, lr=0.1)
 SEALED = fedkit.Privacy(sealed=True)
@@ -272,7 +274,6 @@ def test_a_site_that_comes_later_waits_until_the_model_is_sealed_for_it_too() ->
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.unmeasured
 @pytest.mark.parametrize("keep_answers", [False, True], ids=["asked again", "kept"])
 @pytest.mark.parametrize("strategy", [CYCLE, GATED], ids=["plain", "gated"])
 def test_a_crash_at_any_step_changes_neither_the_model_nor_the_work_done(

@@ -22,6 +22,8 @@ from fedkit.weights import Weights
 from fedkit.work import Answer, Gradient
 from tests.integration.test_masked import drops
 
+pytestmark = pytest.mark.unmeasured  # its lines are gone over by runs between processes, too
+
 CLIENTS = [f"site-{number}" for number in range(6)]
 WIDE = 400  # features: enough elements for a test of their variance
 BATCH = Gradient(batch_size=12)
