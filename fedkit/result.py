@@ -251,5 +251,5 @@ def load(folder: Path, task: Task, ask: Asked | None = None) -> Result:
     outcome = Outcome(codec.load(folder / "model.fedkit"), *rounds, *tests, best, found.refusals)
     settings = dict(found.strategy)
     strategy = parse(find_strategy(settings.pop("name")), settings, where="strategy")
-    about: Any = {"name": found.name, "privacy": found.privacy or Privacy(), "evaluate": found.evaluate}
+    about: Any = {"name": found.name, "privacy": found.privacy, "evaluate": found.evaluate}
     return Result(task, strategy, found.seed, found.clients, outcome, **about, engine=found.engine, ask=ask)

@@ -26,7 +26,10 @@ class BestRound(Settings):
 
 
 class SavedRun(Settings):
-    """A run as `fedkit.Result.to_dict` has it; `strategy` holds the registered name and the settings."""
+    """A run as `fedkit.Result.to_dict` has it; `strategy` holds the registered name and the settings.
+
+    `privacy` is None only of a run that was not saved, where nobody has said yet what protects it.
+    """
 
     name: str
     task: str
@@ -56,4 +59,7 @@ def read(folder: Path) -> SavedRun:
             raise ValueError("no JSON object")
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not what fedkit writes there: {error}") from None
-    return parse(SavedRun, values, where=str(path))
+    found = parse(SavedRun, values, where=str(path))
+    if found.privacy is None:  # it must not be taken for a run that nothing protected
+        raise ConfigError(f"{path}: privacy: it must say what protected the run")
+    return found

@@ -21,7 +21,7 @@ __all__ = ["Facts", "Handed", "handed", "of_status", "read"]
 
 
 class Facts(SavedRun):
-    """A run as it was saved, or as it stands now; `privacy` is None where nobody has said yet what protects it.
+    """A run as it was saved, or as it stands now.
 
     `state`, `detail` and `rounds`, how many are planned (None: not known), are for a run that may not be over.
     """

@@ -255,8 +255,7 @@ def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(site: Path, tmp_pa
     here.mkdir()
     code = (
         "import fedkit, sys; assert fedkit.__file__.startswith(sys.argv[1]), fedkit.__file__; "
-        "import fedkit.server.process, fedkit.client.process; "  # what real processes would begin with
-        "from fedkit.cli import app; app(['demo', '--strategy', 'FedAvg', '--in-process', '--json'])"
+        "from fedkit.cli import app; app(['demo', '--strategy', 'FedAvg', '--json'])"
     )
     environment = os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -268,6 +267,7 @@ def test_the_installed_wheel_runs_the_demo_in_an_empty_folder(site: Path, tmp_pa
     assert sorted(path.name for path in (here / "fedkit-demo").iterdir()) == [
         "bundle",
         "curves.png",
+        "federation",
         "run",
         "signer",
     ]

@@ -30,7 +30,7 @@ from fedkit.weights import Weights
 
 CLIENTS = ["ann", "bob", "cyd", "dan"]
 FIT = fedkit.Fit(steps=2, batch_size=8, lr=0.1)
-STRIDE = 6  # of the steps at which a run crashes, each strategy's beginning somewhere else
+STRIDE = 4  # of the steps at which a run crashes, each strategy's beginning somewhere else
 EVALUATE = fedkit.Evaluation(every=2, best="loss:min")
 
 

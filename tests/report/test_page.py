@@ -348,7 +348,12 @@ def test_a_run_file_with_a_field_of_another_kind_is_refused(tmp_path: Path) -> N
     good = _saved(facts())
     (tmp_path / "run.json").write_text(json.dumps(good))
     assert read(tmp_path) == facts()
-    for field, value in (("history", 3), ("clients", [None]), ("refusals", [{"client": "a", "reason": "so"}])):
+    for field, value in (
+        ("privacy", None),
+        ("history", 3),
+        ("clients", [None]),
+        ("refusals", [{"client": "a", "reason": "so"}]),
+    ):
         (tmp_path / "run.json").write_text(json.dumps(good | {field: value}))
         with pytest.raises(ConfigError, match=field):
             read(tmp_path)
