@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from fedkit import rng
-from fedkit.config import Evaluation, Privacy
+from fedkit.config import Engine, Evaluation, Privacy
 from fedkit.engines.flower.library import flower, quiet, require_ray
 from fedkit.engines.flower.node import Node
 from fedkit.engines.flower.transport import ATTEND, GridTransport
@@ -131,7 +131,7 @@ class _Server:
     """Conducts one plan over whatever grid its app is given."""
 
     def __init__(
-        self, plan: Plan, clients: tuple[str, ...], engine: Any, on_result: Callable[[Result], object]
+        self, plan: Plan, clients: tuple[str, ...], engine: Engine, on_result: Callable[[Result], object]
     ) -> None:
         self.error: FedkitError | None = None
         self._plan = plan
