@@ -21,7 +21,7 @@ from fedkit.errors import ConfigError, Reason, RefusalWarning
 from fedkit.exam import Questions
 from fedkit.registry import find_strategy
 from fedkit.rounds.call import Refusal
-from fedkit.rounds.conduct import Best, Outcome
+from fedkit.rounds.conduct import Best, Outcome, holds_out_valid
 from fedkit.rounds.journal import RoundRecord
 from fedkit.status import Say, unsaid
 from fedkit.strategy import Strategy
@@ -214,7 +214,7 @@ def subject(result: Result, *, best: bool = False) -> Subject:
         rounds=len(result.history),
         round=result.best.round if best else max(rounds, default=0),
         best=best,
-        held_out=result.evaluate is not None or result.strategy.needs_valid,
+        held_out=holds_out_valid(result.strategy, result.evaluate),
         strategy=type(result.strategy).__name__,
         settings=result.strategy.to_dict(),
     )

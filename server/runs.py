@@ -20,7 +20,7 @@ from fedkit.errors import FedkitError, Reason, RunError, StorageError
 from fedkit.history import History
 from fedkit.privacy.submission import fewest, require_privacy, sharing_for, shield_for, with_aggregation
 from fedkit.rounds.call import Refusal
-from fedkit.rounds.conduct import Best, Outcome, Plan, conduct
+from fedkit.rounds.conduct import Best, Outcome, Plan, conduct, holds_out_valid
 from fedkit.rounds.journal import RoundRecord
 from fedkit.runfile import RunFile
 from fedkit.server.adder import AddingProcess
@@ -130,10 +130,8 @@ class Runs:
     def _begin(self, stored: StoredRun) -> _Live:
         file = parse(RunFile, stored.file)
         strategy, task = file.build_strategy(), self._task(file)
-        holds_out_valid = file.evaluate is not None or strategy.needs_valid
-        terms = Terms(
-            stored.id, task.name, type(strategy).__name__, holds_out_valid, file.privacy.aggregation or "plain"
-        )
+        held_out = holds_out_valid(strategy, file.evaluate)
+        terms = Terms(stored.id, task.name, type(strategy).__name__, held_out, file.privacy.aggregation or "plain")
         spool = self._folder / "spool" / stored.id
         transport = RunTransport(terms, self._attendance, self._database, spool, self._metrics, self._room, self._adder)
         live = self._live[stored.name] = _Live(stored.name, transport, self._journal(stored, transport.spares.give))

@@ -29,7 +29,7 @@ from fedkit.task import Prepared, Task
 from fedkit.weights import Binding, Weights
 from fedkit.work import Answer, Evaluate, MetricSums
 
-__all__ = ["Best", "Outcome", "Plan", "conduct"]
+__all__ = ["Best", "Outcome", "Plan", "conduct", "holds_out_valid"]
 
 _TEST_ROUND = -1
 
@@ -55,7 +55,12 @@ class Plan:
     @property
     def holds_out_valid(self) -> bool:
         """Whether clients without validation rows set some of their training rows aside."""
-        return self.evaluate is not None or self.strategy.needs_valid
+        return holds_out_valid(self.strategy, self.evaluate)
+
+
+def holds_out_valid(strategy: Strategy, evaluate: Evaluation | None) -> bool:
+    """Whether clients without validation rows set some of their training rows aside in such a run."""
+    return evaluate is not None or strategy.needs_valid
 
 
 @dataclass(frozen=True, slots=True)
