@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.table import Figure, show
 from fedkit.crypto import bfv, ckks
-from fedkit.crypto.chunks import DEGREE, FULL_BYTES, SEEDED_BYTES, Scheme, chunks_for
+from fedkit.crypto.chunks import Scheme
 from fedkit.crypto.encrypted import Adder, SecretKey, noise_budget
 from fedkit.crypto.ring import FULL_WEIGHT, FixedPoint, Floats, Ring
 
@@ -57,13 +57,16 @@ def cost(cohort: int = 10) -> list[Figure]:
 
 
 def sizes() -> list[Figure]:
-    """Bytes of a million parameters and their weight, over those of float32; both schemes have the same chunks."""
-    chunks = chunks_for(MILLION + 1)
-    up, down = (chunks * size / (4 * MILLION) for size in (SEEDED_BYTES, FULL_BYTES))
-    return [
-        Figure("BFV and CKKS, upload over plain", up, "<= 1.95", f"{SEEDED_BYTES} bytes for {DEGREE} values"),
-        Figure("BFV and CKKS, sum over plain", down, "", f"{FULL_BYTES} bytes for {DEGREE} values, to who decrypts"),
-    ]
+    """Bytes of a million parameters and their weight, over those of float32."""
+    found = []
+    for scheme in (bfv.Parameters(10).scheme, ckks.Parameters(10).scheme):
+        name, chunks = scheme.name.upper(), scheme.chunks_for(MILLION + 1)
+        up, down = (chunks * size / (4 * MILLION) for size in (scheme.seeded_bytes, scheme.full_bytes))
+        note = f"{{}} bytes for {scheme.values} values"
+        found.append(Figure(f"{name}, upload over plain", up, "<= 1.95", note.format(scheme.seeded_bytes)))
+        to = ", to who decrypts"
+        found.append(Figure(f"{name}, sum over plain", down, "", note.format(scheme.full_bytes) + to))
+    return found
 
 
 def _summed(key: SecretKey, uploads: Iterable[Iterable[bytes]], values: int, clients: int) -> list[bytes]:
@@ -109,10 +112,11 @@ def _ckks_error(vectors: list[Floats], weights: list[int]) -> float:
 
 def noise() -> list[Figure]:
     """The largest cohort at 20 bits, with the noise of one ciphertext as often as there are clients."""
-    largest = max(cohort for cohort in range(500, 700) if _fits(cohort))
+    largest = max(cohort for cohort in range(100, 300) if _fits(cohort))
     key = SecretKey.make(bfv.Parameters(largest).scheme)
-    [chunk] = bfv.encrypt(key, np.random.default_rng(2).integers(0, key.scheme.modulus, DEGREE, dtype=np.uint32))
-    [total] = _summed(key, [[chunk]] * largest, DEGREE, largest)
+    size, below = key.scheme.values, key.scheme.modulus // largest // 2
+    [chunk] = bfv.encrypt(key, np.random.default_rng(2).integers(0, below, size, dtype=np.uint32))
+    [total] = _summed(key, [[chunk]] * largest, size, largest)
     note = f"{largest} clients, 20 bits, all noise of one sign"
     return [Figure("BFV, budget left at the largest cohort", noise_budget(key, total), ">= 10", note)]
 
@@ -127,13 +131,13 @@ def _fits(cohort: int) -> bool:
 
 def _peak(scheme: Scheme, fingerprint: bytes, chunks: list[bytes], updates: int, values: int) -> tuple[float, float]:
     """MB that adding takes at its peak beyond what the process had before, and CPU seconds."""
-    with Adder(scheme, fingerprint, DEGREE) as adder:
+    with Adder(scheme, fingerprint, 1) as adder:
         adder.add(0, chunks[0])
         _used(adder.sums(1))
     before, began = _memory("VmRSS"), time.process_time()
     with Adder(scheme, fingerprint, values) as adder:
         for update in range(updates):
-            for index in range(chunks_for(values)):
+            for index in range(scheme.chunks_for(values)):
                 adder.add(index, chunks[(update + index) % len(chunks)])
         _used(adder.sums(updates))
     return _memory("VmHWM") - before, time.process_time() - began
@@ -148,10 +152,10 @@ def _memory(what: str) -> float:
 def memory(updates: int, millions: int) -> list[Figure]:
     """A coordinator's process that adds up encrypted updates as they arrive, and writes out the sum."""
     key, values = SecretKey.make(bfv.Parameters(updates).scheme), millions * MILLION
-    chunks = list(bfv.encrypt(key, np.arange(64 * DEGREE, dtype=np.uint32)))
+    chunks = list(bfv.encrypt(key, np.arange(32 * key.scheme.values, dtype=np.uint32) % 4096))
     with get_context("spawn").Pool(1) as pool:
         peak, spent = pool.apply(_peak, (key.scheme, key.fingerprint, chunks, updates, values))
-    model = chunks_for(values) * SEEDED_BYTES / MB
+    model = key.scheme.chunks_for(values) * key.scheme.seeded_bytes / MB
     note = (
         f"an encrypted model of {millions} million is {model:.0f} MB; {spent / updates / millions:.2f} CPU s a million"
     )

@@ -23,7 +23,7 @@ from fedkit.rounds.call import Refusal
 from fedkit.rounds.conduct import Best, Outcome, Plan, conduct, holds_out_valid
 from fedkit.rounds.journal import RoundRecord
 from fedkit.runfile import RunFile
-from fedkit.server.adder import AddingProcess
+from fedkit.server.adder import AddingProcesses
 from fedkit.server.attendance import Attendance
 from fedkit.server.blobs import Blobs
 from fedkit.server.database import Database, StoredRun
@@ -82,7 +82,7 @@ class Runs:
         self._metrics = metrics
         self._tasks = tasks
         self._room = Room(_ROOM_BYTES)
-        self._adder = AddingProcess()
+        self._adder = AddingProcesses()
         self._live: dict[str, _Live] = {}
 
     # -- beginning and ending ------------------------------------------------------------------------------------------

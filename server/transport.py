@@ -21,7 +21,7 @@ from fedkit.errors import Refused
 from fedkit.protos import agents_pb2 as pb
 from fedkit.protos.convert import assignment_to_proto, voucher_to_proto
 from fedkit.rounds.assignment import Assignment, Parcel
-from fedkit.server.adder import AddingProcess
+from fedkit.server.adder import AddingProcesses
 from fedkit.server.attendance import Attendance, Away
 from fedkit.server.errands import Errand, Published
 from fedkit.server.metrics import Metrics
@@ -69,7 +69,7 @@ class RunTransport:
         folder: Path,
         metrics: Metrics,
         room: Room,
-        adder: AddingProcess,
+        adder: AddingProcesses,
     ) -> None:
         self.waits_for = ""  # for people: who is missing before the run can go on
         self._terms = terms

@@ -1,7 +1,8 @@
 """BFV (Brakerski 2012; Fan and Vercauteren 2012): exact sums of whole numbers under one key that the clients share.
 
-Degree 4096 and two primes of 54 bits, which is 128 bits of security (homomorphicencryption.org's table, as SEAL checks
-it). Nothing is ever multiplied: the noise of a sum is the sum of the noises, and its budget is known beforehand.
+Degree 4096 and two primes of 40 bits, which is more than 128 bits of security (homomorphicencryption.org's table, as
+SEAL checks it: 109 bits in all). Each coefficient holds two numbers. Nothing is ever multiplied: the noise of a sum is
+the sum of the noises, and its budget is known beforehand.
 
 Guarantee: whoever lacks the secret key, the coordinator above all, learns nothing from ciphertexts and their sums.
 
@@ -11,11 +12,12 @@ cannot tell a sum from one client's ciphertext. Masking does not have this weakn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fedkit.crypto import encrypted
-from fedkit.crypto.chunks import PRIMES, Scheme
+from fedkit.crypto.chunks import Scheme
 from fedkit.crypto.encrypted import SecretKey
 from fedkit.crypto.ring import FULL_WEIGHT, Ring, Words
 from fedkit.errors import ConfigError
@@ -24,6 +26,7 @@ __all__ = ["LEAST_BUDGET", "Parameters", "decrypt", "encrypt"]
 
 LEAST_BUDGET = 10
 _MOST_BITS = 24  # as many as float32 holds
+_MOST_PLAIN = 60  # bits of SEAL's plain modulus
 _MOST_NOISE = 22  # of a coefficient: SEAL draws at most 21 and rounds by less than 1
 
 
@@ -31,8 +34,8 @@ _MOST_NOISE = 22  # of a coefficient: SEAL draws at most 21 and rounds by less t
 class Parameters:
     """What BFV needs to add up to `cohort` clients' fixed-point numbers of `bits` bits.
 
-    Raises `ConfigError` where the sum of a whole cohort would leave less than 10 bits of noise budget, or its modulus
-    would need more than 31 bits: at 20 bits more than some 600 clients, at 16 bits more than 2,000.
+    Raises `ConfigError` where the sum of a whole cohort would leave less than 10 bits of noise budget, or two such sums
+    would need more than 60 bits: at 24 bits more than 28 clients, at 20 bits 182, at 16 bits 1,160.
     """
 
     cohort: int
@@ -42,7 +45,7 @@ class Parameters:
         """Checks the noise of the whole cohort."""
         if self.cohort < 1 or not 2 <= self.bits <= _MOST_BITS:
             raise ConfigError(f"bfv: 1 client or more, and 2 to {_MOST_BITS} bits, not {self.cohort} and {self.bits}")
-        if self.modulus >= 1 << 31 or self.budget < LEAST_BUDGET:
+        if self.scheme.plain_modulus.bit_length() > _MOST_PLAIN or self.budget < LEAST_BUDGET:
             raise ConfigError(
                 f"bfv: {self.cohort} clients of {self.bits} bits do not fit: the noise would leave too little room; "
                 "take fewer bits or clients, or masked aggregation"
@@ -60,13 +63,14 @@ class Parameters:
 
     @property
     def modulus(self) -> int:
-        """The plain modulus: the least number below which all sums fit, signs included; it is odd."""
+        """The ring's: the least number below which all sums fit, signs included; it is odd."""
         return 2 * self.cohort * max(1 << (self.bits - 1), FULL_WEIGHT) + 1
 
     @property
     def budget(self) -> int:
         """How many bits of noise budget a sum over the cohort has left at least, whatever was drawn."""
-        return PRIMES[0].bit_length() - (self.modulus * self.cohort * _MOST_NOISE).bit_length() - 1
+        noise = self.scheme.plain_modulus * self.cohort * _MOST_NOISE
+        return math.prod(self.scheme.primes).bit_length() - noise.bit_length() - 1
 
     @property
     def ring(self) -> Ring:
@@ -80,7 +84,7 @@ class Parameters:
 
 
 def encrypt(key: SecretKey, words: Words) -> Iterator[bytes]:
-    """One client's words, residues of `Parameters.ring`, as chunks of 28,752 bytes, 4,096 words each.
+    """One client's words, residues of `Parameters.ring`, as chunks of 41,040 bytes, 8,192 words each.
 
     Raises `ConfigError` for what are none, before the first chunk.
     """

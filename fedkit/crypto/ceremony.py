@@ -22,8 +22,7 @@ from functools import cached_property
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedkit.crypto.chunks import KEY_BYTES as SECRET_KEY_BYTES
-from fedkit.crypto.chunks import Scheme
+from fedkit.crypto.chunks import KEY_SIZES, Scheme
 from fedkit.crypto.encrypted import SecretKey
 from fedkit.crypto.masks import KEY_BYTES, TAG_BYTES, PrivateKey, derive, digest_of, opened, packed, sealed
 from fedkit.crypto.messages import (
@@ -42,7 +41,6 @@ from fedkit.errors import PayloadError, Reason, Refused
 
 __all__ = [
     "LETTER_BYTES",
-    "PARCEL_BYTES",
     "BoxKey",
     "Ceremony",
     "Delivery",
@@ -56,7 +54,6 @@ __all__ = [
 ]
 
 LETTER_BYTES = KEY_BYTES + KEY_BYTES + TAG_BYTES
-PARCEL_BYTES = SECRET_KEY_BYTES + TAG_BYTES
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ class Handover:
 
 @dataclass(frozen=True)
 class Handed:
-    """What one member gets: the handover, the sealed key (57,360 bytes), and the letter (80 bytes) that opens it."""
+    """What one member gets: the handover, the sealed key, and the letter (80 bytes) that opens it."""
 
     handover: Handover
     parcel: bytes = field(repr=False)
@@ -160,7 +157,7 @@ class Handed:
 
     def __post_init__(self) -> None:
         """Checks the lengths."""
-        require_size("a sealed key", PARCEL_BYTES, self.parcel)
+        _require_parcel(self.parcel)
         require_size("a letter", LETTER_BYTES, self.letter)
 
     def to_bytes(self) -> bytes:
@@ -184,7 +181,7 @@ class Delivery:
 
     def __post_init__(self) -> None:
         """Checks the lengths, and that there is a letter for each."""
-        require_size("a sealed key", PARCEL_BYTES, self.parcel)
+        _require_parcel(self.parcel)
         require_size("a letter", LETTER_BYTES, *self.letters.values())
         if tuple(sorted(self.letters)) != self.handover.names:
             raise PayloadError("a delivery has one letter for each who gets the key")
@@ -268,6 +265,11 @@ def read(ceremony: Ceremony, private: PrivateKey, name: str, handed: Handed) -> 
     if found.fingerprint != handover.fingerprint:
         raise refused("the key in the letter has another fingerprint than the keyholder signed")
     return found
+
+
+def _require_parcel(parcel: bytes) -> None:
+    if not isinstance(parcel, bytes) or len(parcel) - TAG_BYTES not in KEY_SIZES:
+        raise PayloadError("a sealed key has another length")
 
 
 def agreed(private: PrivateKey, public: bytes, peer: str) -> bytes:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedkit.crypto import encrypted
-from fedkit.crypto.chunks import PRIMES, Scheme
+from fedkit.crypto.chunks import Scheme
 from fedkit.crypto.encrypted import SecretKey
 from fedkit.crypto.ring import FULL_WEIGHT, Floats
 from fedkit.errors import ConfigError, Reason, Refused, RoundAbandoned, SumSpoiled
@@ -58,7 +58,8 @@ class Parameters:
 
         A coefficient is at most the mean size of the slots, sqrt(2) for two values within +-1.
         """
-        return 2.0 ** (PRIMES[0].bit_length() - 2 - math.ceil(math.log2(self.cohort)))
+        room = math.prod(Scheme("ckks", self.cohort).primes).bit_length() - 2
+        return 2.0 ** (room - math.ceil(math.log2(self.cohort)))
 
     @property
     def scheme(self) -> Scheme:

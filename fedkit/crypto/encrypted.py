@@ -1,7 +1,8 @@
 """Encrypted sums, whichever the scheme: the run's secret key, encrypting, adding without a key, decrypting.
 
-Vectors are cut into chunks of 4,096 values, and each chunk is encrypted, sent, added and decrypted by itself, so that
-nobody holds more than it must. All of it runs in native code at some point: `fedkit.crypto.seal` says where to call it.
+Vectors are cut into chunks of 8,192 values (CKKS: 4,096), and each chunk is encrypted, sent, added and decrypted by
+itself, so that nobody holds more than it must. All of it runs in native code at some point: `fedkit.crypto.seal` says
+where to call it.
 """
 
 from __future__ import annotations
@@ -14,29 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedkit.crypto.chunks import (
-    DEGREE,
-    KEY_BYTES,
-    PRIMES,
-    SEEDED_BYTES,
-    Full,
-    Numbers,
-    Scheme,
-    Seeded,
-    chunks_for,
-    numbers_from,
-    numbers_to,
-)
+from fedkit.crypto.chunks import Full, Numbers, Scheme, Seeded, numbers_from, numbers_to
 from fedkit.crypto.masks import digest_of
 from fedkit.crypto.seal import Engine
 from fedkit.errors import ConfigError, PayloadError, SumSpoiled
 
-__all__ = ["Adder", "SecretKey", "check_chunk", "decrypt", "encrypt", "noise_budget"]
+__all__ = ["Adder", "SecretKey", "decrypt", "encrypt", "noise_budget"]
 
 
 @dataclass(frozen=True, slots=True)
 class SecretKey:
-    """A run's secret key for one scheme, 57,344 bytes. Whoever has it reads every ciphertext of the run.
+    """A run's secret key for one scheme, `scheme.key_bytes` of them. Whoever has it reads every ciphertext of the run.
 
     Raises `PayloadError` for bytes that are none.
     """
@@ -46,8 +35,8 @@ class SecretKey:
 
     def __post_init__(self) -> None:
         """Checks the length and every coefficient."""
-        if len(self.data) != KEY_BYTES:
-            raise PayloadError(f"a secret key has {KEY_BYTES} bytes, not {len(self.data)}")
+        if len(self.data) != self.scheme.key_bytes:
+            raise PayloadError(f"a secret key has {self.scheme.key_bytes} bytes, not {len(self.data)}")
         if not self.numbers.any():
             raise PayloadError("a secret key is not 0")
 
@@ -55,14 +44,12 @@ class SecretKey:
     def make(cls, scheme: Scheme) -> SecretKey:
         """A fresh key, from the operating system's randomness; raises `ConfigError` where TenSEAL is missing."""
         with Engine(scheme) as engine:
-            return cls(scheme, numbers_to(engine.make_key()))
+            return cls(scheme, numbers_to(engine.make_key(), scheme.number_bytes))
 
     @property
     def numbers(self) -> Numbers:
-        """uint64[8192]: one polynomial for each prime."""
-        half = KEY_BYTES // 2
-        parts = (self.data[:half], self.data[half:])
-        return np.concatenate([numbers_from(part, prime) for part, prime in zip(parts, PRIMES, strict=True)])
+        """uint64[4096 * primes]: one polynomial for each of the scheme's `key_primes`."""
+        return numbers_from(self.data, self.scheme.key_primes, self.scheme.number_bytes)
 
     @property
     def fingerprint(self) -> bytes:
@@ -76,33 +63,28 @@ class SecretKey:
 
 
 def encrypt(key: SecretKey, values: npt.NDArray[Any]) -> Iterator[bytes]:
-    """The chunks of one vector, 28,752 bytes each: uint32 residues for BFV, float64 for CKKS.
+    """The chunks of one vector, `scheme.seeded_bytes` each: uint32 residues for BFV, float64 for CKKS.
 
     One by one, so that memory stays at a chunk. Raises `ConfigError` where TenSEAL is missing.
     """
     with Engine(key.scheme) as engine:
         engine.use_key(key.numbers)
         tag = key.tag
-        for block in _blocks(values):
-            yield engine.encrypt(block).to_bytes(tag)
+        for block in _blocks(values, key.scheme.values):
+            yield engine.encrypt(block).to_bytes(key.scheme, tag)
 
 
-def _blocks(values: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    for start in range(0, chunks_for(values.size) * DEGREE, DEGREE):
-        block = values[start : start + DEGREE]
-        yield block if block.size == DEGREE else np.concatenate([block, np.zeros(DEGREE - block.size, block.dtype)])
-
-
-def check_chunk(scheme: Scheme, fingerprint: bytes, chunk: bytes) -> None:
-    """Refuses, with `PayloadError`, what is no chunk of an upload under this key; nothing native sees it."""
-    Seeded.from_bytes(chunk, scheme.tag(fingerprint))
+def _blocks(values: npt.NDArray[Any], size: int) -> Iterator[npt.NDArray[Any]]:
+    for start in range(0, max(values.size, 1), size):
+        block = values[start : start + size]
+        yield block if block.size == size else np.concatenate([block, np.zeros(size - block.size, block.dtype)])
 
 
 class Adder:
     """Sums of ciphertexts, chunk by chunk, in any order; it needs no key and learns nothing.
 
     Sums are exact modulo a prime: the order in which chunks arrive makes no difference to any bit of them. Holds one
-    sum of 65,536 bytes for each chunk that has arrived at all, and nothing of those that were added. Not for threads.
+    sum of 8 bytes a residue for each chunk that has arrived at all, nothing of those that were added. Not for threads.
 
     Guarantee: no more than `scheme.cohort` ciphertexts go into a sum, so that the noise stays within its budget; what
     is malformed, or of another key or scheme, never reaches native code.
@@ -115,7 +97,7 @@ class Adder:
 
     def __init__(self, scheme: Scheme, fingerprint: bytes, values: int) -> None:
         self._engine, self._scheme, self._tag = Engine(scheme), scheme, scheme.tag(fingerprint)
-        self._sums: list[Any] = [None] * chunks_for(values)
+        self._sums: list[Any] = [None] * scheme.chunks_for(values)
         self._counts = [0] * len(self._sums)
 
     def __enter__(self) -> Adder:
@@ -129,7 +111,7 @@ class Adder:
     @property
     def upload_bytes(self) -> int:
         """How many bytes each client sends."""
-        return len(self._sums) * SEEDED_BYTES
+        return len(self._sums) * self._scheme.seeded_bytes
 
     def add(self, index: int, chunk: bytes) -> None:
         """Adds one client's chunk `index` to the sum of those; raises `PayloadError` for what cannot be one."""
@@ -137,7 +119,7 @@ class Adder:
             raise PayloadError(f"chunk {index} of {len(self._sums)}")
         if self._counts[index] == self._scheme.cohort:
             raise PayloadError(f"chunk {index} holds those of {self._scheme.cohort} clients already")
-        ciphertext = self._engine.ciphertext(Seeded.from_bytes(chunk, self._tag))
+        ciphertext = self._engine.ciphertext(Seeded.from_bytes(chunk, self._scheme, self._tag))
         if self._sums[index] is None:
             self._sums[index] = ciphertext
         else:
@@ -145,10 +127,10 @@ class Adder:
         self._counts[index] += 1
 
     def sums(self, clients: int) -> Iterator[bytes]:
-        """The chunks of the sum over so many clients, 57,360 bytes each; `SumSpoiled` unless each holds as many."""
+        """The chunks of the sum over so many clients; raises `SumSpoiled` unless each holds as many."""
         if clients < 1 or set(self._counts) != {clients}:
             raise SumSpoiled(f"chunks hold {min(self._counts)} to {max(self._counts)} of {clients} clients")
-        return (self._engine.full(one).to_bytes(self._tag) for one in self._sums)
+        return (self._engine.full(one).to_bytes(self._scheme, self._tag) for one in self._sums)
 
     def close(self) -> None:
         """Gives up the sums."""
@@ -159,29 +141,23 @@ class Adder:
 def decrypt(key: SecretKey, chunks: Iterable[bytes], values: int) -> npt.NDArray[Any]:
     """The sum of the vectors of so many values: uint32 for BFV, float64 for CKKS.
 
-    Raises `PayloadError` for what are no chunks of a sum under this key, `SumSpoiled` where BFV's noise has no room
-    left, which is so for ciphertexts of another key, and where what stands behind the last value is not 0.
+    Raises `PayloadError` for what are no chunks of a sum under this key; for BFV `SumSpoiled` where they decrypt to
+    what is no sum, as ciphertexts of another key do, and where what stands behind the last value is not 0.
     """
-    count, tag, done = chunks_for(values), key.tag, 0
-    found = np.zeros(count * DEGREE, dtype=np.uint32 if key.scheme.name == "bfv" else np.float64)
-    with Engine(key.scheme) as engine:
+    scheme, count, tag, done = key.scheme, key.scheme.chunks_for(values), key.tag, 0
+    found = np.zeros((count, scheme.values), dtype=np.uint32 if scheme.name == "bfv" else np.float64)
+    with Engine(scheme) as engine:
         engine.use_key(key.numbers)
         for done, chunk in enumerate(chunks, 1):
             if done > count:
                 break
-            found[(done - 1) * DEGREE : done * DEGREE] = _decrypted(engine, Full.from_bytes(chunk, tag))
+            found[done - 1] = engine.decrypt(engine.ciphertext(Full.from_bytes(chunk, scheme, tag)))
     if done != count:
         raise PayloadError(f"a sum of {values} values has {count} chunks, not {'more' if done > count else done}")
-    if key.scheme.name == "bfv" and found[values:].any():
+    flat = found.reshape(-1)
+    if scheme.name == "bfv" and flat[values:].any():
         raise SumSpoiled("there is something behind the last value of an encrypted sum")
-    return found[:values]
-
-
-def _decrypted(engine: Engine, chunk: Full) -> npt.NDArray[Any]:
-    ciphertext = engine.ciphertext(chunk)
-    if engine.scheme.name == "bfv" and not engine.noise_budget(ciphertext):
-        raise SumSpoiled("an encrypted sum is spoiled: no noise budget is left")
-    return engine.decrypt(ciphertext)
+    return flat[:values]
 
 
 def noise_budget(key: SecretKey, chunk: bytes) -> int:
@@ -190,4 +166,4 @@ def noise_budget(key: SecretKey, chunk: bytes) -> int:
         raise ConfigError(f"{key.scheme.name} has no noise budget")
     with Engine(key.scheme) as engine:
         engine.use_key(key.numbers)
-        return engine.noise_budget(engine.ciphertext(Full.from_bytes(chunk, key.tag)))
+        return engine.noise_budget(engine.ciphertext(Full.from_bytes(chunk, key.scheme, key.tag)))

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedkit.crypto.chunks import DEGREE, PRIMES, Full, Numbers, Scheme, Seeded
-from fedkit.errors import ConfigError, PayloadError
+from fedkit.crypto.chunks import DEGREE, Full, Numbers, Scheme, Seeded
+from fedkit.errors import ConfigError, PayloadError, SumSpoiled
 
 __all__ = ["Engine", "require_library"]
 
@@ -128,20 +128,24 @@ class Engine:
         api = self._api
         settings = api.EncryptionParameters(getattr(api.SCHEME_TYPE, self.scheme.name.upper()))
         settings.set_poly_modulus_degree(DEGREE)
-        settings.set_coeff_modulus([api.Modulus(prime) for prime in PRIMES])
+        settings.set_coeff_modulus([api.Modulus(prime) for prime in self.scheme.key_primes])
         if self._is_bfv:
-            settings.set_plain_modulus(api.Modulus(self.scheme.modulus))
+            settings.set_plain_modulus(api.Modulus(self.scheme.plain_modulus))
         context = api.SEALContext(settings, True, api.SEC_LEVEL_TYPE.TC128)
         if not context.parameters_set():
             raise ConfigError(f"{self.scheme}: {context.parameters_error_message()}")
         return context
 
+    @property
+    def _residues(self) -> int:
+        return len(self.scheme.primes) * DEGREE
+
     # -- keys ----------------------------------------------------------------------------------------------------------
 
     def make_key(self) -> Numbers:
-        """A fresh secret key, one polynomial for each prime: uint64[8192]."""
+        """A fresh secret key, one polynomial for each of the scheme's `key_primes`: uint64[4096 * primes]."""
         key = self._api.KeyGenerator(self._context).secret_key()
-        head = self._plain_head(len(PRIMES) * DEGREE, self._context.key_parms_id())
+        head = self._plain_head(len(self.scheme.key_primes) * DEGREE, self._context.key_parms_id())
         found = _numbers(self._saved(key, head))
         self._scratch.write(b"")
         return found
@@ -149,7 +153,7 @@ class Engine:
     def use_key(self, key: Numbers) -> None:
         """Encrypts and decrypts with this secret key from now on."""
         secret = self._api.SecretKey()
-        head = self._plain_head(len(PRIMES) * DEGREE, self._context.key_parms_id())
+        head = self._plain_head(len(self.scheme.key_primes) * DEGREE, self._context.key_parms_id())
         self._load(secret, head + key.tobytes(), "not a secret key")
         self._scratch.write(b"")
         self._encryptor = self._api.Encryptor(self._context, secret)
@@ -158,20 +162,20 @@ class Engine:
     # -- values --------------------------------------------------------------------------------------------------------
 
     def encrypt(self, values: npt.NDArray[Any]) -> Seeded:
-        """A fresh ciphertext of 4,096 values.
+        """A fresh ciphertext of `scheme.values` values.
 
-        For BFV residues, one in each coefficient, which is all that addition needs; for CKKS float64, two in a slot.
+        For BFV residues, two in each coefficient, which is all that addition needs; for CKKS float64, two in a slot.
         """
-        plain = self._plain(values)
+        plain, count = self._plain(values), self._residues
         with _refusing("not to be encrypted"):
             found = self._encryptor.encrypt_symmetric(plain)
-        rest = self._saved(found, self._head(DEGREE), DEGREE * 8 + _SEED_INFO)
-        return Seeded(rest[-64:], _numbers(rest[: DEGREE * 8]))
+        rest = self._saved(found, self._head(count), count * 8 + _SEED_INFO)
+        return Seeded(rest[-64:], _numbers(rest[: count * 8]))
 
     def _plain(self, values: npt.NDArray[Any]) -> Any:
         plain = self._api.Plaintext()
         if self._coder is None:
-            body = self._plain_head(values.size, _NO_PARAMETERS) + values.astype("<u8").tobytes()
+            body = self._plain_head(DEGREE, _NO_PARAMETERS) + _paired(self.scheme, values).tobytes()
             self._load(plain, body, "not to be encrypted")
         else:
             with _refusing("not to be encrypted"):
@@ -179,16 +183,16 @@ class Engine:
         return plain
 
     def decrypt(self, ciphertext: Any) -> npt.NDArray[Any]:
-        """The 4,096 values, as they were encrypted; under another key, noise."""
+        """The `scheme.values` values of a sum; under another key, noise for CKKS, and `SumSpoiled` for BFV."""
         plain = self._api.Plaintext()
         with _refusing("not to be decrypted"):
             self._decryptor.decrypt(ciphertext, plain)
             if self._coder is not None:
                 return np.array(self._coder.decode_complex(plain), dtype=np.complex128).view(np.float64)
         count = plain.coeff_count()  # zeros at the end are left out
-        words = np.zeros(DEGREE, dtype=np.uint32)
-        words[:count] = _numbers(self._saved(plain, self._plain_head(count, _NO_PARAMETERS), count * 8))
-        return words
+        coefficients = np.zeros(DEGREE, dtype=np.uint64)
+        coefficients[:count] = _numbers(self._saved(plain, self._plain_head(count, _NO_PARAMETERS), count * 8))
+        return _unpaired(self.scheme, coefficients)
 
     def noise_budget(self, ciphertext: Any) -> int:
         """How many bits of BFV's noise are left; 0 where the ciphertext is none under this key, or is spoiled."""
@@ -200,9 +204,9 @@ class Engine:
         """The chunk as SEAL's own object."""
         if isinstance(chunk, Seeded):
             info = self._header(_SEED_INFO) + bytes([_BLAKE2XB]) + chunk.seed
-            body = self._head(DEGREE) + chunk.first.tobytes() + info
+            body = self._head(self._residues) + chunk.first.tobytes() + info
         else:
-            body = self._head(2 * DEGREE) + chunk.first.tobytes() + chunk.second.tobytes()
+            body = self._head(2 * self._residues) + chunk.first.tobytes() + chunk.second.tobytes()
         found = self._api.Ciphertext()
         self._load(found, body, "not a ciphertext")
         if found.size() != 2 or found.is_transparent() or not self._api.is_valid_for(found, self._context):
@@ -216,8 +220,8 @@ class Engine:
 
     def full(self, ciphertext: Any) -> Full:
         """The ciphertext's two polynomials."""
-        numbers = _numbers(self._saved(ciphertext, self._head(2 * DEGREE)))
-        return Full(numbers[:DEGREE], numbers[DEGREE:])
+        numbers = _numbers(self._saved(ciphertext, self._head(2 * self._residues)))
+        return Full(numbers[: self._residues], numbers[self._residues :])
 
     # -- SEAL's format -------------------------------------------------------------------------------------------------
 
@@ -237,7 +241,8 @@ class Engine:
 
     def _head(self, count: int) -> bytes:
         """What stands before a ciphertext's `count` numbers."""
-        ours = (*self._context.first_parms_id(), not self._is_bfv, 2, DEGREE, 1, self.scheme.scale, 1)
+        primes = len(self.scheme.primes)
+        ours = (*self._context.first_parms_id(), not self._is_bfv, 2, DEGREE, primes, self.scheme.scale, 1)
         return _MEMBERS.pack(*ours) + self._array(count)
 
     def _plain_head(self, count: int, parameters: Iterable[int]) -> bytes:
@@ -260,3 +265,28 @@ class Engine:
 
 def _numbers(data: bytes) -> Numbers:
     return np.frombuffer(data, dtype="<u8")
+
+
+def _paired(scheme: Scheme, words: npt.NDArray[np.uint32]) -> Numbers:
+    """Residues as plaintext coefficients, two in each: the signed numbers of least magnitude, a + `base` b."""
+    half, base = scheme.modulus // 2, np.uint64(scheme.base)
+    low, high = _below(words + np.uint32(half), scheme.modulus).reshape(2, DEGREE)  # from 0 on, whatever the signs
+    numbers: Numbers = high.astype(np.uint64) * base + low
+    return _below(numbers + np.uint64(scheme.plain_modulus - half * (scheme.base + 1)), scheme.plain_modulus)
+
+
+def _below(numbers: npt.NDArray[Any], modulus: int) -> npt.NDArray[Any]:
+    """Unsigned numbers below twice the modulus, modulo it: a difference below 0 wraps around, and is the larger one."""
+    found: npt.NDArray[Any] = np.minimum(numbers, numbers - numbers.dtype.type(modulus))
+    return found
+
+
+def _unpaired(scheme: Scheme, coefficients: Numbers) -> npt.NDArray[np.uint32]:
+    """The residues of a sum of such pairs; raises `SumSpoiled` where it is none."""
+    half, base = scheme.modulus // 2, scheme.base
+    shifted = _below(coefficients + np.uint64(half * (base + 1)), scheme.plain_modulus)  # as `_paired` had them
+    high, low = np.divmod(shifted, np.uint64(base))
+    both = np.concatenate([low, high])
+    if int(both.max()) >= half + scheme.modulus:
+        raise SumSpoiled("an encrypted sum is spoiled, or it is of another key")
+    return _below(both + np.uint64(scheme.modulus - half), scheme.modulus).astype(np.uint32)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fedkit.aggregation import Mean, Total
 from fedkit.config import Privacy
 from fedkit.crypto import bfv, ckks
-from fedkit.crypto.chunks import Scheme, words_of_upload
+from fedkit.crypto.chunks import Scheme
 from fedkit.crypto.ring import FULL_WEIGHT, FixedPoint, Floats, Integers, Reals, Ring, Words, weight_of
 from fedkit.errors import ConfigError, PayloadError, Reason, Refused, SumSpoiled
 from fedkit.rounds.noise import LEAST_RATE, SharedNoise
@@ -133,7 +133,7 @@ class Layout:
     @property
     def sent(self) -> int:
         """How many words of 32 bits one client sends."""
-        return self.words if self.scheme == "masked" else words_of_upload(self.words)
+        return self.words if self.scheme == "masked" else self.encryption.words_of_upload(self.words)
 
     @property
     def opened(self) -> int:

@@ -13,7 +13,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedkit.crypto import bfv, ckks
 from fedkit.crypto.ceremony import BoxKey, Ceremony, Handed
-from fedkit.crypto.chunks import FULL_BYTES
 from fedkit.crypto.encrypted import SecretKey
 from fedkit.crypto.holder import Announced, Holder
 from fedkit.crypto.masks import apply_masks, packed
@@ -82,8 +81,8 @@ class Key:
 
     def opened(self, layout: Layout, total: Weights) -> Update:
         """The sum's words; raises `Refused` for what is no sum under this key."""
-        data = np.ascontiguousarray(total.vector).view(np.uint8).data
-        chunks = (bytes(data[start : start + FULL_BYTES]) for start in range(0, len(data), FULL_BYTES))
+        data, size = np.ascontiguousarray(total.vector).view(np.uint8).data, self.secret.scheme.full_bytes
+        chunks = (bytes(data[start : start + size]) for start in range(0, len(data), size))
         decrypt = bfv.decrypt if layout.scheme == "bfv" else ckks.decrypt
         try:
             found = decrypt(self.secret, chunks, layout.words)

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedkit import rng
 from fedkit.crypto.adding import add_up
-from fedkit.crypto.chunks import Scheme, words_of_sum
+from fedkit.crypto.chunks import Scheme
 from fedkit.crypto.ring import Words
 from fedkit.errors import Reason, Refused
 from fedkit.rounds.assignment import Assignment, Parcel
@@ -90,7 +90,7 @@ class SimulatedTransport:
         self, scheme: Scheme, fingerprint: bytes, values: int, uploads: Mapping[str, Weights]
     ) -> tuple[Words, dict[str, str]]:
         """The sum of uploads, added here."""
-        total = np.empty(words_of_sum(values), dtype="<u4")
+        total = np.empty(scheme.words_of_sum(values), dtype="<u4")
         words = {name: weights.vector.view("<u4") for name, weights in uploads.items()}
         return total, add_up(scheme, fingerprint, values, words, total)
 

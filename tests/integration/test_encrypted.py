@@ -13,7 +13,7 @@ import pytest
 import fedkit
 from fedkit.crypto import seal
 from fedkit.crypto.ceremony import LETTER_BYTES, Delivery
-from fedkit.crypto.chunks import SEEDED_BYTES, TAG_BYTES
+from fedkit.crypto.chunks import TAG_BYTES, Scheme
 from fedkit.errors import ConfigError, Reason, Refused
 from fedkit.rounds.assignment import Assignment, MaskStep, Parcel
 from fedkit.rounds.conduct import Outcome
@@ -114,12 +114,13 @@ def test_what_a_coordinator_sees_of_one_client_says_nothing() -> None:
         assert isinstance(answer, Update)
         assert (answer.examples, answer.loss, dict(answer.extra)) == (0, None, {})
         data = answer.weights.vector.tobytes()
-        seen.extend(data[start + TAG_BYTES : start + SEEDED_BYTES] for start in range(0, len(data), SEEDED_BYTES))
+        size = Scheme("bfv", 4).seeded_bytes
+        seen.extend(data[start + TAG_BYTES : start + size] for start in range(0, len(data), size))
         return answer
 
     run(FedAvg(rounds=2, local=FIT), faulty("encrypt", peek, *CLIENTS))
     assert len(seen) == len(set(seen)) == 2 * len(CLIENTS)
-    low = np.concatenate([np.frombuffer(chunk[64:], np.uint8).reshape(-1, 7)[:, :6].reshape(-1) for chunk in seen])
+    low = np.concatenate([np.frombuffer(chunk[64:], np.uint8).reshape(-1, 5)[:, :4].reshape(-1) for chunk in seen])
     assert abs(np.unpackbits(low).mean() - 0.5) < 6 * 0.5 / np.sqrt(8 * low.size)
 
 

@@ -363,7 +363,7 @@ def test_a_keyholder_that_signs_one_fingerprint_and_seals_another_key_is_found_o
 
 def test_a_keyholder_that_seals_no_key_is_found_out() -> None:
     class Nothing:
-        scheme, fingerprint, data = SCHEME, bytes(32), b"\xff" * 57344
+        scheme, fingerprint, data = SCHEME, bytes(32), b"\xff" * SCHEME.key_bytes
 
     members = holders()
     delivery = members["ada"].deliver([one.offer() for one in members.values()], Nothing())
@@ -406,4 +406,4 @@ def test_secrets_are_not_shown() -> None:
     assert repr(members["bea"]) == "<Holder bea in a sum of heart>"
     assert secret(0).data.hex()[:32] not in repr(members["bea"]._state)
     assert repr(secret(0).data[:8])[2:-1] not in repr(delivered(holders()))
-    assert np.frombuffer(secret(0).data, np.uint8).size == 57344
+    assert np.frombuffer(secret(0).data, np.uint8).size == SCHEME.key_bytes
