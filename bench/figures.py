@@ -156,11 +156,12 @@ def main() -> None:
     given = _arguments()
     good, sections = True, _sections(given)
     wanted = given.only or [title for title in sections if given.data is not None or title not in FASHION]
+    page = None if given.page is None else Page(given.page, tuple(sections))
     for title in [title for title in sections if title in wanted]:
         figures = sections[title]()
         good &= show(title, figures)
-        if given.page is not None:
-            Page(given.page, tuple(sections)).put(title, figures)
+        if page is not None:
+            page.put(title, figures)
     sys.exit(not good)
 
 

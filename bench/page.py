@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,16 +25,27 @@ beside it.
 """
 
 
+def _code() -> str:
+    """The last commit that changed what is measured."""
+    commit = _git("log", "-1", "--format=%h", "--", *_MEASURED) or "unknown"
+    changed = ", with changes that are in no commit" if _git("status", "--porcelain", "--", *_MEASURED) else ""
+    return f"Commit `{commit}`{changed}"
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The page in one file; it keeps the sections that a run does not measure."""
+    """The page in one file, to be made before anything is measured; it keeps the sections that a run does not measure.
+
+    `code` is what is measured: what was there when the page was made, whatever is committed meanwhile.
+    """
 
     path: Path
     titles: tuple[str, ...]  # of all sections there may be, in order
+    code: str = field(default_factory=_code)
 
     def put(self, title: str, figures: list[Figure]) -> None:
         """Writes or replaces one section, under its title."""
-        self._write({**self._sections(), title: _section(figures)})
+        self._write({**self._sections(), title: _section(figures, self.code)})
 
     def _write(self, sections: dict[str, str]) -> None:
         missing = "; ".join(title for title in self.titles if title not in sections)
@@ -48,22 +59,14 @@ class Page:
         return {title: text.strip() for title, text in pairs}
 
 
-def _section(figures: list[Figure]) -> str:
+def _section(figures: list[Figure], code: str) -> str:
     rows = [("figure", "measured", "target", "", "how"), ("---", "---:", "---", "---", "---")]
     for one in figures:
         verdict = "**missed**" if not one.reached else "ok" if one.target else ""
         rows.append((one.name, f"{one.value:.4g}", one.target, verdict, one.note))
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-    return f"{_source()}\n\n{table}"
-
-
-def _source() -> str:
-    """The last commit that changed what is measured, the day, and the machine."""
-    commit = _git("log", "-1", "--format=%h", "--", *_MEASURED) or "unknown"
-    changed = ", with changes that are in no commit" if _git("status", "--porcelain", "--", *_MEASURED) else ""
-    day = datetime.now(UTC).date().isoformat()
     machine = f"{_processor()}, {os.cpu_count()} processors, Python {platform.python_version()}"
-    return f"Commit `{commit}`{changed}; {day}; {machine}."
+    return f"{code}; {datetime.now(UTC).date().isoformat()}; {machine}.\n\n{table}"
 
 
 def _git(*words: str) -> str:

@@ -58,8 +58,7 @@ class Inbox:
             self._learn(message, Manifest.from_json(message.manifest))
         if not self.knows(message) or self.find(message) is not None:
             return
-        Spool.forget(self._folder / message.model_digest.hex())
-        spool = self._open(message)
+        spool = self._open(message, afresh=True)
         try:
             spool.feed(payload)
             self.finish(message, spool)
@@ -78,12 +77,14 @@ class Inbox:
         self._forget_old(message.model_digest.hex())
         return self._open(message)
 
-    def _open(self, message: pb.Assignment) -> Spool:
+    def _open(self, message: pb.Assignment, *, afresh: bool = False) -> Spool:
         manifest = self._manifests[message.manifest_digest]
         due = 4 * (manifest.size + sum(convert.extras_from_proto(message.extras, manifest.size).values()))
         if message.model_bytes != due or len(message.model_digest) != 32:
             raise PayloadError(f"{message.model_bytes} bytes are announced, the model needs {due}")
         path = self._folder / message.model_digest.hex()
+        if afresh:
+            Spool.forget(path)
         return Spool(path, manifest.digest, due, message.model_digest, spares=self._spares)
 
     def finish(self, message: pb.Assignment, spool: Spool) -> tuple[Path, Manifest]:

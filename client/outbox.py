@@ -86,12 +86,9 @@ class Outbox:
         self.folder = folder
         self._db = _opened(folder)
         self._verified: set[str] = set()
+        self._is_durable: bool | None = None  # what the database's transactions are
         self._sweep()
-
-    @property
-    def spare(self) -> Path:
-        """A file that may be there, which nobody needs: the next result may take its place."""
-        return self.folder / "spare"
+        self.spare = folder / "spare"  # may be there, and nobody needs it: the next result may take its place
 
     def path(self, key: str) -> Path:
         """Where the payload of a result lies."""
@@ -167,7 +164,7 @@ class Outbox:
             _flush(self.path(stored.id), self.state_path(stored.id), self.folder)
         elif durable:
             _flush(self.path(stored.id), self.folder)
-        self._db.execute(f"PRAGMA synchronous={'FULL' if has_state or durable else 'NORMAL'}")
+        self._make_durable(has_state or durable)
         facts = json.dumps({name: getattr(stored, name) for name in Stored.__slots__})
         with _transaction(self._db):
             self._keep_vow(vow)
@@ -179,6 +176,11 @@ class Outbox:
                 self._db.execute("INSERT OR REPLACE INTO seats VALUES (?, ?)", seat)
                 self._db.execute("INSERT OR REPLACE INTO calls VALUES (?, ?)", (stored.id, seat[0]))
         self._verified.add(stored.id)
+
+    def _make_durable(self, durable: bool) -> None:
+        if durable is not self._is_durable:
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._is_durable = durable
 
     def _keep_vow(self, vow: tuple[bytes, bytes] | None) -> None:
         if vow is None:
@@ -196,7 +198,7 @@ class Outbox:
         rows = self._db.execute("SELECT id, run, has_state FROM results ORDER BY seq").fetchall()
         kept = {run: key for key, run, has_state in rows if key in stands and has_state}
         stale = [path for run in kept if (path := self._standing(run)) is not None]
-        self._db.execute(f"PRAGMA synchronous={'FULL' if kept else 'NORMAL'}")
+        self._make_durable(bool(kept))
         with _transaction(self._db):
             for run, key in kept.items():
                 file = self.state_path(key).name

@@ -247,8 +247,10 @@ class Policy(Settings):
 
     def objection_to_time(self, now: dt.datetime) -> Objection | None:
         """Whether work may not begin at this time of day."""
+        if not self.hours:
+            return None
         time = f"{now:%H:%M}"
-        if not self.hours or any(_holds(hours, time) for hours in self.hours):
+        if any(_holds(hours, time) for hours in self.hours):
             return None
         return Objection("time of day", time, " or ".join(self.hours))
 

@@ -53,7 +53,7 @@ class Spares:
     def __init__(self, folder: Path, most: int) -> None:
         self._folder = folder
         self._most = most
-        self._free: list[Path] = []
+        self._free: list[str] = []
         self._made = 0
         for path in folder.iterdir():
             if path.suffix in (".over", ".spare"):
@@ -61,7 +61,7 @@ class Spares:
 
     def give(self, path: Path) -> None:
         """The file at `path`, if there is one, is not needed any more."""
-        spare = self._folder / f"{self._made}.spare"
+        spare = f"{self._folder}/{self._made}.spare"
         try:
             if len(self._free) >= self._most:
                 path.unlink()
@@ -72,7 +72,7 @@ class Spares:
         self._free.append(spare)
         self._made += 1
 
-    def take(self, path: Path) -> bool:
+    def take(self, path: Path | str) -> bool:
         """Puts a spare file at `path`; False where there is none."""
         if not self._free:
             return False
@@ -257,7 +257,7 @@ class Stash(Intake):
             return
         self._is_open = False
         self._keep_tail()
-        self._payload.path = _part(self._payload.path)
+        self._payload.path = Path(_part(self._payload.path))
         self._payload.save()
 
     def discard(self) -> None:
@@ -287,8 +287,8 @@ class Spool(Intake):
         super().__init__(manifest_digest, payload_bytes, digest, plausible=plausible)
         self.path = path
         self._part = _part(path)
-        over = path.with_name(path.name + ".over")
-        self._is_over = not self._part.exists() and spares is not None and spares.take(over)
+        over = f"{path}.over"
+        self._is_over = not os.path.exists(self._part) and spares is not None and spares.take(over)
         self._at = over if self._is_over else self._part
         self._file = os.open(self._at, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if not self._is_over:
@@ -297,12 +297,13 @@ class Spool(Intake):
     @staticmethod
     def forget(path: Path) -> None:
         """What an earlier upload left of this payload does not count."""
-        _part(path).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_part(path))
 
     @staticmethod
     def is_begun(path: Path) -> bool:
         """Whether an earlier upload left something of this payload."""
-        return _part(path).exists()
+        return os.path.exists(_part(path))
 
     def _resume(self) -> None:
         left = min(os.fstat(self._file).st_size, self.payload_bytes) // _ITEM * _ITEM
@@ -339,11 +340,12 @@ class Spool(Intake):
     def discard(self) -> None:
         """Stops taking chunks and removes what is there."""
         self.close()
-        self._at.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._at)
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+def _part(path: Path) -> str:  # as text, because paths are built for each answer, and those of `pathlib` slowly
+    return f"{path}.part"
 
 
 class Values:
@@ -382,7 +384,10 @@ class Values:
         self._payload.read(_ITEM * (self._start + start), out.view(np.uint8).data, source)
 
     def all(self) -> Vector:
-        """All values as an array."""
+        """All values as an array that is not written to: without a copy, where they are one piece in memory."""
+        pieces, (i, at) = self._payload.pieces, divmod(_ITEM * self._start, CHUNK_BYTES)
+        if pieces is not None and at + _ITEM * self.size <= CHUNK_BYTES and i < len(pieces):
+            return np.frombuffer(pieces[i], dtype=np.float32, count=self.size, offset=at)
         out = np.empty(self.size, dtype=np.float32)
         self.read(0, out)
         return out

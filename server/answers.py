@@ -33,7 +33,7 @@ class Answers:
     ) -> None:
         self._database = database
         self._remove_file = remove or _unlink
-        self._spool = None if spool is None else spool.resolve()
+        self._spool = spool
         self._fresh: dict[str, Answer] = {}
         self._spared: set[str] = set()  # by the last `write`
         self._written = {key for (key,) in database.rows("SELECT id FROM answers WHERE round = ?", (round,))}
@@ -70,7 +70,7 @@ class Answers:
         """Forgets the round's answers as a part of a transaction; returns their files, which are for `forget`."""
         found = connection.execute("SELECT file FROM answers WHERE round = ? AND file IS NOT NULL", (round,)).fetchall()
         connection.execute("DELETE FROM answers WHERE round = ?", (round,))
-        fresh = (self._file(answer) for answer in self._fresh.values())
+        fresh = (self._file(answer) for answer in self._fresh.values() if not _in_memory(answer))
         return [*(file for (file,) in found), *(file for file in fresh if file is not None)]
 
     def forget(self, files: list[str]) -> None:
@@ -91,7 +91,7 @@ class Answers:
     def _file(self, answer: Answer) -> str | None:
         """The name of the spool file that holds the answer's vectors, if one does."""
         path = None if (payload := _payload(answer)) is None else payload.path
-        return path.name if path is not None and path.parent.resolve() == self._spool else None
+        return path.name if path is not None and path.parent == self._spool else None
 
     def _to_row(self, answer: Answer) -> tuple[str | None, bytes]:
         if isinstance(answer, Reply):

@@ -225,8 +225,9 @@ class RunTransport:
 
     def _forget(self, key: str) -> str:
         self._attendance.over.pop(key, None)
-        self.spares.give(self._folder / key)
-        Spool.forget(self._folder / key)
+        path = self._folder / key
+        self.spares.give(path)
+        Spool.forget(path)
         return self._asked.pop(key, "")
 
 
