@@ -1,4 +1,4 @@
-"""Warm workers: a process that has imported everything and only forks, so that a killed worker is replaced at once.
+"""Warm workers: a process that has loaded what they need and only forks, so that a killed one is replaced at once.
 
 It is forked itself before the agent starts a thread or a gRPC channel; neither survives a fork.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import signal
 import socket
 import threading
@@ -18,6 +19,8 @@ from fedkit.client.worker import Outfit, work
 from fedkit.errors import RunError
 
 __all__ = ["Nursery"]
+
+_IDLE_S = 3.0  # without a request, after which there is time to load what a training may need
 
 
 class Nursery:
@@ -32,10 +35,7 @@ class Nursery:
         child.close()
 
     def fork(self) -> tuple[socket.socket, int]:
-        """A new worker's socket and process id; raises `RunError` where there can be none.
-
-        Waits until everything is loaded.
-        """
+        """A new worker's socket and process id; raises `RunError` where there can be none."""
         ours, theirs = socket.socketpair()
         try:
             with theirs, self._lock:
@@ -56,8 +56,11 @@ class Nursery:
 def _serve(sock: socket.socket, outfit: Outfit) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent hears it and closes the sockets
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended workers leave nothing behind
-    _warm(outfit)
+    is_warm = False
     while True:
+        if not is_warm and not select.select([sock], [], [], _IDLE_S)[0]:
+            _warm(outfit)
+            is_warm = True
         said, handles, _, _ = socket.recv_fds(sock, 1, 1)
         if not said:
             os._exit(0)
@@ -70,7 +73,10 @@ def _serve(sock: socket.socket, outfit: Outfit) -> NoReturn:
 
 
 def _warm(outfit: Outfit) -> None:
-    """Loads what the first training and the first metric would load: two seconds that no worker spends again."""
+    """Loads what the first training and the first metric would load: two seconds that no worker spends again.
+
+    Done once nobody has asked for a while: when all processes start at once, they have better things to do.
+    """
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     for task in outfit.tasks.values():
         if task.metrics:

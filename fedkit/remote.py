@@ -41,7 +41,6 @@ from fedkit.protos import tensors_pb2
 from fedkit.protos.channels import channel
 from fedkit.protos.failures import meant
 from fedkit.protos.wire import CHANNEL_OPTIONS, Calls, frame, unframe
-from fedkit.report.facts import Facts, of_status
 from fedkit.result import Result, opened, trained, warn_of_failures
 from fedkit.rounds.conduct import Outcome
 from fedkit.rounds.journal import RoundRecord
@@ -58,6 +57,7 @@ from fedkit.weights import Weights
 
 if TYPE_CHECKING:
     from fedkit.handover import Asked
+    from fedkit.report.facts import Facts
 
 __all__ = ["Coordinator", "asking", "connect"]
 
@@ -332,6 +332,8 @@ class Coordinator:
 
         What protects a run, and its scores on test data, are told once it has finished.
         """
+        from fedkit.report.facts import of_status  # passports and all, which no run needs
+
         status = self.status(run).runs[0]
         known: dict[str, Any] = {}
         if status.state == "finished":

@@ -30,14 +30,17 @@ class LogForm(enum.StrEnum):
 @contextlib.contextmanager
 def edge() -> Iterator[None]:
     """An error that fedkit knows ends with its message and exit code 1; everything else keeps its traceback."""
-    from fedkit.cli import show
-
     try:
         yield
     except FedkitError as error:
-        show.errors.print(f"fedkit: {error}", style="red", markup=False, highlight=False)
+        _say(str(error), "red")
         raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:
-        text = str(stop) or "stopped; nothing half-written was left behind"
-        show.errors.print(f"fedkit: {text}", style="yellow", markup=False, highlight=False)
+        _say(str(stop) or "stopped; nothing half-written was left behind", "yellow")
         raise typer.Exit(130) from None
+
+
+def _say(text: str, style: str) -> None:
+    from fedkit.cli import show  # an agent that starts has no use for tables
+
+    show.errors.print(f"fedkit: {text}", style=style, markup=False, highlight=False)

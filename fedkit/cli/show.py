@@ -15,19 +15,17 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from fedkit.demo.compare import Row
-from fedkit.demo.heart import HOSPITALS
-from fedkit.privacy.report import NOT_COVERED, Report, RunCost
-from fedkit.result import Result
-from fedkit.rounds.journal import RoundRecord
-from fedkit.status import ClientStatus, JobStatus, RunStatus
-
 if TYPE_CHECKING:
     from fedkit.client.prospect import Prospect
+    from fedkit.demo.compare import Row
     from fedkit.deploy.acceptance import Verdict
     from fedkit.deploy.differences import Difference, Value
     from fedkit.deploy.passport import Passport, Scores
     from fedkit.deploy.registry import Change, Version
+    from fedkit.privacy.report import Report, RunCost
+    from fedkit.result import Result
+    from fedkit.rounds.journal import RoundRecord
+    from fedkit.status import ClientStatus, JobStatus, RunStatus
 
 __all__ = [
     "LiveRounds",
@@ -197,6 +195,8 @@ def test_scores(result: Result) -> Table:
 
 def comparison(rows: Sequence[Row]) -> Table:
     """Accuracy of each way to train, best in bold."""
+    from fedkit.demo.heart import HOSPITALS
+
     best = max(row.accuracy for row in rows)
     table = Table(title="Accuracy on test rows", title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("trained by")
@@ -379,6 +379,8 @@ def hops(found: Mapping[str, Mapping[str, float]]) -> Table:
 
 def privacy(found: Sequence[Report], head: str, *, with_runs: bool) -> None:
     """What data sets have cost, what is left, and what is not covered."""
+    from fedkit.privacy.report import NOT_COVERED
+
     table = _plain("Privacy", "data set", "rows", "epsilon", "delta", "budget", "left", "rounds it affords")
     for one in found:
         budget = "none" if one.budget is None else f"{one.budget.epsilon:g}"

@@ -18,7 +18,6 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln, logsumexp
 
 from fedkit.errors import ConfigError
 from fedkit.privacy.skellam import divergence
@@ -97,6 +96,8 @@ def _rdp_of_step(sigma: float, q: float, parts: Parts | None = None) -> npt.NDAr
     symmetric, moved by b or not.
     """
     orders = np.array(ORDERS, dtype=np.float64)
+    from scipy.special import logsumexp  # a quarter of a second, which no process without privacy spends
+
     if q == 0.0:
         return np.zeros(len(ORDERS))
     if sigma == 0.0:
@@ -118,6 +119,8 @@ def _whole(orders: npt.NDArray[np.float64], sigma: float, parts: Parts | None) -
 @functools.lru_cache(maxsize=1)
 def _binomials() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """0 .. the largest order, and the logarithms of the binomial coefficients of each order, -inf beyond it."""
+    from scipy.special import gammaln
+
     orders, k = np.array(ORDERS, dtype=np.float64)[:, None], np.arange(max(ORDERS) + 1, dtype=np.float64)
     within = k <= orders
     found = gammaln(orders + 1) - gammaln(k + 1) - gammaln(np.where(within, orders - k, 0) + 1)

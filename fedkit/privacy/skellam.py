@@ -17,7 +17,6 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln
 
 from fedkit.privacy.randomness import Randomness
 from fedkit.rounds.noise import LEAST_RATE
@@ -89,6 +88,8 @@ def _tried(count: int, rate: int, random: Randomness) -> tuple[Integers, npt.NDA
 
 def _log_probability(j: Floats, rate: int) -> Floats:
     """Of rate + j for a Poisson number, without the cancellation of large terms (Loader 2000)."""
+    from scipy.special import gammaln
+
     k, x = rate + j, j / rate
     small = k < _SMALL
     deviance = rate * ((1.0 + x) * np.log1p(np.where(small, 0.0, x)) - x)
