@@ -23,6 +23,7 @@ from bench.calibration import calibration
 from bench.encryption import encryption
 from bench.fashion_mnist import accuracy_against_epsilon
 from bench.masking import masking
+from bench.network import other_frameworks
 from bench.page import Page
 from bench.quantization import eight_bits
 from bench.run import arguments, network, ratios
@@ -49,6 +50,7 @@ FASHION = (  # need --data
     "Depthwise CNN in 8 bits, ONNX Runtime, one core",
     "Ranges from five clients with different images",
 )
+OTHERS = "Other frameworks"  # needs --peers
 
 
 def _heart(strategy: fedkit.Strategy, clients: tuple[str, ...] = HOSPITALS, seed: int = 42) -> fedkit.Result:
@@ -133,7 +135,8 @@ def _sections(given: argparse.Namespace) -> dict[str, Callable[[], list[Figure]]
         "Equalities": equalities,
         "Label skew": scaffold,
         "Speed": lambda: ratios(given.pfl),
-        "Network": lambda: network(given.peers),
+        "Network": network,
+        OTHERS: lambda: other_frameworks(given.peers),
     }
 
 
@@ -147,6 +150,8 @@ def _arguments() -> argparse.Namespace:
         parser.error(f"--only: no section {', '.join(sorted(unknown))}; there are {', '.join(_sections(given))}")
     if given.data is None and set(given.only or ()) & set(FASHION):
         parser.error("--only: that section needs --data")
+    if given.peers is None and OTHERS in (given.only or ()):
+        parser.error("--only: that section needs --peers")
     return given
 
 
@@ -155,7 +160,8 @@ def main() -> None:
     torch.set_num_threads(1)
     given = _arguments()
     good, sections = True, _sections(given)
-    wanted = given.only or [title for title in sections if given.data is not None or title not in FASHION]
+    missing = (*(FASHION if given.data is None else ()), *(() if given.peers else (OTHERS,)))
+    wanted = given.only or [title for title in sections if title not in missing]
     page = None if given.page is None else Page(given.page, tuple(sections))
     for title in [title for title in sections if title in wanted]:
         figures = sections[title]()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from bench.processes import ROOT, Bare, Federation, command
 from bench.table import Figure, alternate
 
-__all__ = ["coordinator_memory", "first_round", "network_rounds", "secure_cost", "tls_cost"]
+__all__ = ["coordinator_memory", "first_round", "network_rounds", "other_frameworks", "secure_cost", "tls_cost"]
 
 CLIENTS = 10
 TURNS = {1: (40, 7), 25: (8, 3), 100: (4, 3)}  # megabytes: rounds before the other side has its turn, and such turns
@@ -20,34 +20,40 @@ PEERS = {"Flower": "flower", "NVIDIA FLARE's simulator": "flare"}
 PEER_LIMIT_S = 600
 
 
-def network_rounds(peers: str | None = None) -> list[Figure]:
-    """A round of 10 agents at 1, 25 and 100 MB against the bare program, and against each peer that `peers` has.
+def network_rounds() -> list[Figure]:
+    """A round of 10 agents at 1, 25 and 100 MB against the bare program.
 
     The figure is the ratio to the program that makes one call for each transfer, as programs do. Beside it stands the
     ratio to one that never closes a stream: as little as grpc.aio can do at all.
     """
+    return [figure for megabytes in TURNS for figure in _against_bare(megabytes)]
+
+
+def other_frameworks(python: str) -> list[Figure]:
+    """The same rounds against the frameworks that this Python has, each as it comes."""
     found = []
-    for megabytes in TURNS:
-        ours, figures = _against_bare(megabytes)
-        found += figures
-        for name in PEERS if peers else ():
-            found += _against_peer(ours, megabytes, name, str(peers))
+    for megabytes, (count, times) in TURNS.items():
+        with Federation(f"mb{megabytes}", CLIENTS) as federation:
+            federation.wait()
+            ours = statistics.median(federation.rounds(count) for _ in range(times))
+        for name in PEERS:
+            found += _against_peer(ours, megabytes, name, python)
     return found
 
 
-def _against_bare(megabytes: int) -> tuple[float, list[Figure]]:
-    found, mine = [], 0.0
+def _against_bare(megabytes: int) -> list[Figure]:
+    found = []
     with Federation(f"mb{megabytes}", CLIENTS) as federation:
         federation.wait()
         for kept, name, target in ((False, "bare grpc.aio", "<= 2.0"), (True, "streams kept open", "")):
             with Bare(megabytes, CLIENTS, kept=kept) as bare:
-                mine, ratio, note = _ratio(federation, bare, *TURNS[megabytes])
+                ratio, note = _ratio(federation, bare, *TURNS[megabytes])
             found.append(Figure(f"round of {CLIENTS} agents, {megabytes} MB / {name}", ratio, target, note))
-    return mine, found
+    return found
 
 
-def _ratio(federation: Federation, bare: Bare, count: int, times: int) -> tuple[float, float, str]:
-    """Our seconds, their ratio to those of the bare program, and a note on both."""
+def _ratio(federation: Federation, bare: Bare, count: int, times: int) -> tuple[float, str]:
+    """The ratio of our seconds to those of the bare program, and a note on both."""
     used = []
 
     def ours() -> float:
@@ -58,7 +64,7 @@ def _ratio(federation: Federation, bare: Bare, count: int, times: int) -> tuple[
 
     ratio, mine, floor = alternate(ours, lambda: bare.rounds(count), times=times)
     cpu = f"CPU {statistics.median(used):.3g} against {bare.cpu_s:.3g} s"
-    return mine, ratio, f"{mine:.3g} s against {floor:.3g} s; {cpu}"
+    return ratio, f"{mine:.3g} s against {floor:.3g} s; {cpu}"
 
 
 def _against_peer(ours: float, megabytes: int, name: str, python: str) -> list[Figure]:
